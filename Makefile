@@ -1,0 +1,31 @@
+# Two commands do all the set-up on a machine with Python and make: `make demo` and `make test`.
+PYTHON ?= python3
+
+.PHONY: demo demo-small test bench clean
+
+demo: .venv/ready
+	.venv/bin/neuron-xtts demo
+
+demo-small: .venv/ready
+	.venv/bin/neuron-xtts demo --small
+
+test: .venv/ready .venv-next/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/python -m pytest
+	.venv-next/bin/python -m pytest
+
+bench: .venv/ready
+	.venv/bin/python bench/sentence.py
+
+# The Neuron stack's versions: torch 2.9.0, coqui-tts 0.27.5, transformers 4.57.6.
+.venv/ready: pyproject.toml constraints/neuron.txt scripts/setup.sh
+	PYTHON=$(PYTHON) sh scripts/setup.sh .venv
+
+# The newest supported coqui-tts with transformers 5, on the torch of the first environment.
+.venv-next/ready: .venv/ready constraints/next.txt
+	PYTHON=$(PYTHON) sh scripts/setup.sh .venv-next
+
+clean:
+	rm -rf .venv .venv-next demo

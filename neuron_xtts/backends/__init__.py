@@ -1,0 +1,48 @@
+"""Backends: where graphs are compiled and run. They know graphs, never routes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from neuron_xtts.buckets import BucketPlan
+
+
+class DecodeState(Protocol):
+    """The decode graph and its state: keys and values of the positions decoded so far."""
+
+    @property
+    def positions(self) -> int:
+        """How many positions it holds per row."""
+
+    def fill(self, row: int, keys_and_values: Sequence[Tensor], length: int) -> None:
+        """Write the first ``length`` positions of prefill's (1, H, L, K) keys and values into ``row``."""
+
+    def grow(self, positions: int) -> None:
+        """Hold at least ``positions`` from now on, keeping what is there."""
+
+    def step(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Run one decode step; ``mask`` is as wide as the part of the state that the step may see."""
+
+    def prefix(self, row: int, length: int) -> list[tuple[Tensor, Tensor]]:
+        """The first ``length`` keys and values (H, length, K) of ``row``, block by block."""
+
+
+class Backend(Protocol):
+    """Compiles and runs graphs.
+
+    Attributes:
+        name: as in ``patch(backend=...)``.
+        default_plan: the buckets used where the user names none.
+    """
+
+    name: str
+    default_plan: BucketPlan
+
+    def run(self, graph: str, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        """Run a graph other than decode on inputs that fill a bucket."""
+
+    def new_state(self, rows: int, positions: int) -> DecodeState:
+        """The decode graph with an empty state."""

@@ -1,0 +1,203 @@
+"""The engine: what one patched model has, decides and counts."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuron_xtts.backends import Backend, DecodeState
+from neuron_xtts.backends.cpu import CpuBackend
+from neuron_xtts.buckets import BucketPlan
+from neuron_xtts.errors import Fallback, FallbackError
+from neuron_xtts.graphs.transformer import Decode, Latents, Prefill, Trunk
+from neuron_xtts.graphs.vocoder import Vocoder, receptive_field
+from neuron_xtts.report import GraphCounts, Report, RouteCounts
+from neuron_xtts.target import check_gpt, check_vocoder
+
+logger = logging.getLogger(__name__)
+
+DISABLE_VARIABLE = "NEURON_XTTS_DISABLE"
+
+
+class Engine:
+    """Graphs, buckets, counters and the lock of one patched model.
+
+    Args:
+        gpt: coqui-tts's ``GPT``.
+        decoder: coqui-tts's ``HifiDecoder``.
+        buckets: the bucket plan; None for the backend's default.
+        precision: of the graphs.
+        strict: raise instead of falling back.
+    """
+
+    def __init__(self, gpt: Any, decoder: Any, *, buckets: BucketPlan | None, precision: str, strict: bool) -> None:
+        self.gpt = gpt
+        self.decoder = decoder
+        self.precision = precision
+        self.strict = strict
+        self.missing: dict[str, str] = {}
+        graphs: dict[str, nn.Module] = {}
+        try:
+            check_gpt(gpt)
+            trunk = Trunk(gpt.gpt, gpt.final_norm, gpt.heads)
+            graphs["prefill"] = Prefill(trunk, gpt.mel_head)
+            graphs["decode"] = Decode(trunk, gpt.mel_head)
+            graphs["latents"] = Latents(trunk)
+        except Fallback as fallback:
+            self.missing |= dict.fromkeys(("prefill", "decode", "latents"), str(fallback))
+        try:
+            check_vocoder(decoder)
+            graphs["vocoder"] = vocoder = Vocoder(decoder.waveform_decoder)
+            self.halo = max(receptive_field(vocoder))
+        except Fallback as fallback:
+            self.missing["vocoder"] = str(fallback)
+        self.backend: Backend = CpuBackend(graphs)
+        self.plan = buckets or self.backend.default_plan
+        self._check_windows()
+        self._sources = {name: self._modules(name) for name in graphs}
+        self._routes: dict[str, RouteCounts] = {}
+        self._graphs: dict[str, dict[str, GraphCounts]] = {}
+        self._lock = threading.RLock()
+        self._serving = False
+
+    def _check_windows(self) -> None:
+        if self.plan.vocoder and "vocoder" not in self.missing and min(self.plan.vocoder) <= 2 * self.halo:
+            raise ValueError(
+                f"BucketPlan.vocoder has a window of {min(self.plan.vocoder)} frames; this vocoder needs more than "
+                f"{2 * self.halo}, because {self.halo} on either side are halo"
+            )
+
+    def _modules(self, graph: str) -> tuple[nn.Module, ...]:
+        """The modules of the model that a graph was made of."""
+        if graph == "vocoder":
+            return (self.decoder.waveform_decoder,)
+        gpt = self.gpt
+        return (gpt.gpt, gpt.gpt.h, gpt.gpt.ln_f, gpt.final_norm, gpt.mel_head)
+
+    def require(self, *graphs: str) -> None:
+        """Raise `Fallback` unless the model has these graphs, made of the modules it has now."""
+        for graph in graphs:
+            if graph in self.missing:
+                raise Fallback(self.missing[graph])
+            if any(now is not then for now, then in zip(self._modules(graph), self._sources[graph], strict=True)):
+                raise Fallback("the model's modules were replaced after patch()")
+
+    def serve(
+        self,
+        name: str,
+        route: Callable[..., Any],
+        wrapped: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Answer a call of a routed method: with graphs, or, for a recorded reason, with the method itself.
+
+        Args:
+            name: of the route.
+            route: makes the result of graphs; raises `Fallback`, or anything else, if it cannot.
+            wrapped: coqui-tts's own method.
+            args: of the call.
+            kwargs: of the call.
+        """
+        if os.environ.get(DISABLE_VARIABLE, "") not in ("", "0"):
+            self._counts(name).fallbacks[f"{DISABLE_VARIABLE} is set"] += 1
+            return wrapped(*args, **kwargs)
+        # One call at a time: coqui-tts keeps the prefix of a generation on the model, and torch's generator is global.
+        with self._lock:
+            if self._serving:  # a method of coqui-tts that calls another routed one, inside a fallback
+                return wrapped(*args, **kwargs)
+            self._serving = True
+            start = time.perf_counter()
+            try:
+                return self._serve(name, route, wrapped, args, kwargs)
+            finally:
+                self._serving = False
+                self._counts(name).seconds += time.perf_counter() - start
+
+    def _serve(
+        self,
+        name: str,
+        route: Callable[..., Any],
+        wrapped: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        random_state = torch.get_rng_state()
+        try:
+            result = route(*args, **kwargs)
+            self._counts(name).served += 1
+            return result
+        except Exception as error:
+            torch.set_rng_state(random_state)
+            reason = str(error) if isinstance(error, Fallback) else f"{type(error).__name__}: {error}"
+            self._count_fallback(name, reason, error)
+            if self.strict:
+                raise FallbackError(name, reason) from error
+        # Outside the except clause: an error of coqui-tts's own is not one that happened while handling ours.
+        return wrapped(*args, **kwargs)
+
+    def _count_fallback(self, name: str, reason: str, error: Exception) -> None:
+        fallbacks = self._counts(name).fallbacks
+        fallbacks[reason] += 1
+        if fallbacks[reason] == 1:
+            unexpected = None if isinstance(error, Fallback) else error
+            logger.warning("%s falls back to coqui-tts: %s", name, reason, exc_info=unexpected)
+
+    def _counts(self, name: str) -> RouteCounts:
+        return self._routes.setdefault(name, RouteCounts())
+
+    def count_handed_over(self, name: str) -> None:
+        """Count a call that needed no graph."""
+        self._counts(name).handed_over += 1
+
+    def run(self, graph: str, size: int, used: int, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        """Run a graph on inputs that fill the bucket ``size``, of which ``used`` is not padding."""
+        start = time.perf_counter()
+        outputs = self.backend.run(graph, *inputs)
+        exact = getattr(self.plan, graph) is None
+        self._record(graph, "exact" if exact else str(size), start, used, size)
+        return outputs
+
+    def step(
+        self, state: DecodeState, used: int, embeds: Tensor, positions: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Run a decode step; ``used`` of the slots of ``mask`` (rows times positions) are not padding."""
+        start = time.perf_counter()
+        outputs = state.step(embeds, positions, mask)
+        rows, width = mask.shape[0], mask.shape[-1]
+        exact = self.plan.decode is None
+        self._record("decode", f"{rows}x{'exact' if exact else width}", start, used, rows * width)
+        return outputs
+
+    def _record(self, graph: str, bucket: str, start: float, used: int, padded: int) -> None:
+        counts = self._graphs.setdefault(graph, {}).setdefault(bucket, GraphCounts())
+        counts.runs += 1
+        counts.seconds += time.perf_counter() - start
+        counts.used += used
+        counts.padded += padded
+
+    def report(self, routes: list[str], gone: list[str]) -> Report:
+        """A snapshot of the counters.
+
+        Args:
+            routes: the routes that were installed, in the order to show.
+            gone: those no longer installed.
+        """
+        with self._lock:
+            return Report(
+                backend=self.backend.name,
+                precision=self.precision,
+                buckets=self.plan.to_dict(),
+                routes={name: copy.deepcopy(self._counts(name)) for name in routes},
+                graphs=copy.deepcopy(self._graphs),
+                missing=dict(self.missing),
+                gone=gone,
+            )

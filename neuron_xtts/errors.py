@@ -1,0 +1,34 @@
+"""Errors: each says what was found, what was expected and the remedy."""
+
+
+class NeuronXttsError(Exception):
+    """Base class of every error this library raises on its own account."""
+
+
+class UnsupportedVersionError(NeuronXttsError, ImportError):
+    """An installed package is outside the range this library was written for."""
+
+
+class ModelNotReadyError(NeuronXttsError, ValueError):
+    """The object is of a known type, but holds no XTTS model that can synthesize."""
+
+
+class FallbackError(NeuronXttsError, RuntimeError):
+    """Raised with ``strict=True`` where a route would have fallen back to coqui-tts.
+
+    Attributes:
+        route: the route, such as ``GPT.generate``.
+        reason: why its graphs could not serve the call.
+    """
+
+    def __init__(self, route: str, reason: str) -> None:
+        super().__init__(
+            f"{route} cannot run on compiled graphs: {reason}. "
+            "Change the call, or patch with strict=False to let coqui-tts serve such calls."
+        )
+        self.route = route
+        self.reason = reason
+
+
+class Fallback(Exception):  # noqa: N818 - a signal between a route and the engine, never seen by users
+    """Says that coqui's own method must serve this call, and why."""

@@ -1,0 +1,1 @@
+"""Graphs: torch modules over tensors of fixed shapes. They know torch alone."""

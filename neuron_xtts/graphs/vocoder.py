@@ -1,0 +1,120 @@
+"""The HiFi-GAN vocoder of XTTS as a graph over one window of frames.
+
+Shapes: B rows, C channels, T frames in a window, G speaker channels, hop samples per frame (256 in XTTS v2).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LRELU_SLOPE = 0.1  # a fact of the checkpoint, as in the HiFi-GAN paper's code
+FINAL_LRELU_SLOPE = 0.01  # torch's default, which HiFi-GAN uses before its last convolution
+
+
+class Vocoder(nn.Module):
+    """HiFi-GAN over the very convolutions of the model, with a validity mask at every convolution's input.
+
+    A convolution pads its input with zeros at the ends of the audio. Frames that pad a window hold zeros too, but
+    biases and speaker conditioning make them anything but zero one layer later: multiplying every input by the mask
+    restores what the convolution would have seen.
+
+    Args:
+        generator: a coqui-tts ``HifiganGenerator`` without ``lin_pre``.
+    """
+
+    # Modules of the model, by duck typing.
+    conv_pre: Any
+    cond_layer: Any
+    ups: Any
+    conds: Any
+    resblocks: Any
+    kernels: int
+    conv_post: Any
+
+    def __init__(self, generator: Any) -> None:
+        super().__init__()
+        self.conv_pre = generator.conv_pre
+        self.cond_layer = generator.cond_layer
+        self.ups = generator.ups
+        self.conds = generator.conds if generator.cond_in_each_up_layer else None
+        self.resblocks = generator.resblocks
+        self.kernels = generator.num_kernels
+        self.conv_post = generator.conv_post
+
+    def forward(self, frames: Tensor, speaker: Tensor, mask: Tensor | None = None) -> tuple[Tensor]:
+        """Waveform of a window.
+
+        Args:
+            frames: (B, C, T).
+            speaker: (B or 1, G, 1) speaker embedding.
+            mask: (1, 1, T), one where there is a frame and zero where there is padding; None means no padding.
+
+        Returns:
+            audio (B, 1, T * hop). Within the receptive field of a padded or cut edge it is only right if the edge is
+            one of the whole audio.
+        """
+        x = self.conv_pre(masked(frames, mask)) + self.cond_layer(speaker)
+        for i, up in enumerate(self.ups):
+            x = up(masked(F.leaky_relu(x, LRELU_SLOPE), mask))
+            if self.conds is not None:
+                x = x + self.conds[i](speaker)
+            if mask is not None:
+                mask = mask.repeat_interleave(up.stride[0], dim=2)
+            blocks = self.resblocks[i * self.kernels : (i + 1) * self.kernels]
+            total = resblock(blocks[0], x, mask)
+            for block in blocks[1:]:
+                total = total + resblock(block, x, mask)
+            x = total / self.kernels
+        x = self.conv_post(masked(F.leaky_relu(x, FINAL_LRELU_SLOPE), mask))
+        return (x.tanh(),)
+
+
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``x`` with its padding set to zero."""
+    return x if mask is None else x * mask
+
+
+def resblock(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+    """A HiFi-GAN residual block of type 1 (pairs of convolutions) or 2 (single ones)."""
+    for convs in residual_layers(block):
+        y = x
+        for conv in convs:
+            y = conv(masked(F.leaky_relu(y, LRELU_SLOPE), mask))
+        x = x + y
+    return x
+
+
+def residual_layers(block: Any) -> list[tuple[Any, ...]]:
+    """The convolutions of a residual block, grouped by residual connection."""
+    if hasattr(block, "convs1"):
+        return list(zip(block.convs1, block.convs2, strict=True))
+    return [(conv,) for conv in block.convs]
+
+
+def receptive_field(vocoder: Vocoder) -> tuple[int, int]:
+    """Frames to the left and to the right that the audio of one frame depends on (13 and 14 in XTTS v2)."""
+    hop = math.prod(up.stride[0] for up in vocoder.ups)
+    first, last = _widen((0, hop - 1), vocoder.conv_post)
+    for i in reversed(range(len(vocoder.ups))):
+        blocks = vocoder.resblocks[i * vocoder.kernels : (i + 1) * vocoder.kernels]
+        reach = max(sum(_radius(conv) for convs in residual_layers(block) for conv in convs) for block in blocks)
+        up = vocoder.ups[i]
+        stride, kernel, padding = up.stride[0], up.kernel_size[0], up.padding[0]
+        # Output t of a transposed convolution reads the inputs i with 0 <= t + padding - i * stride < kernel.
+        first = math.ceil((first - reach + padding - kernel + 1) / stride)
+        last = math.floor((last + reach + padding) / stride)
+    first, last = _widen((first, last), vocoder.conv_pre)
+    return -first, last
+
+
+def _radius(conv: Any) -> int:
+    radius: int = conv.dilation[0] * (conv.kernel_size[0] - 1) // 2
+    return radius
+
+
+def _widen(span: tuple[int, int], conv: Any) -> tuple[int, int]:
+    return span[0] - _radius(conv), span[1] + _radius(conv)

@@ -1,0 +1,140 @@
+"""What ran where, and why not: counters, and the report made of them."""
+
+from __future__ import annotations
+
+import html
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+Table = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]
+
+
+@dataclass
+class RouteCounts:
+    """What became of the calls of one route.
+
+    Attributes:
+        served: calls served by graphs, or by work that graphs had done before.
+        handed_over: those of them that needed no graph, because decoding had already made the latents.
+        seconds: time in graphs and around them, fallbacks included.
+        fallbacks: calls that coqui-tts served, by reason.
+    """
+
+    served: int = 0
+    handed_over: int = 0
+    seconds: float = 0.0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def calls(self) -> int:
+        """All calls."""
+        return self.served + self.fallbacks.total()
+
+
+@dataclass
+class GraphCounts:
+    """The runs of one graph in one bucket.
+
+    Attributes:
+        runs: how many.
+        seconds: time in them.
+        used: sizes of the inputs: positions, or frames, times rows.
+        padded: the same with padding.
+    """
+
+    runs: int = 0
+    seconds: float = 0.0
+    used: int = 0
+    padded: int = 0
+
+    @property
+    def waste(self) -> float:
+        """The share of the work that went into padding (of a vocoder window, the halo too)."""
+        return 1 - self.used / self.padded if self.padded else 0.0
+
+
+@dataclass
+class Report:
+    """A snapshot of what a patched model did; ``print`` it, let a notebook show it, or take `to_dict`.
+
+    Attributes:
+        backend: where graphs run; None if the model is not patched.
+        precision: of the graphs.
+        buckets: the bucket plan; None in it means exact shapes.
+        routes: the counts of each route.
+        graphs: the counts of each graph by bucket, such as ``graphs["decode"]["1x512"]``.
+        missing: graphs that cannot be had for this model, with the reason.
+        gone: routes that are no longer installed, because the model replaced the modules they were on.
+    """
+
+    backend: str | None = None
+    precision: str | None = None
+    buckets: dict[str, Any] = field(default_factory=dict)
+    routes: dict[str, RouteCounts] = field(default_factory=dict)
+    graphs: dict[str, dict[str, GraphCounts]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    gone: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, fit for JSON."""
+        data = asdict(self)
+        for name, route in self.routes.items():
+            data["routes"][name] |= {"calls": route.calls, "fallbacks": dict(route.fallbacks)}
+        for name, buckets in self.graphs.items():
+            for bucket, counts in buckets.items():
+                data["graphs"][name][bucket]["waste"] = counts.waste
+        return data
+
+    def __str__(self) -> str:
+        return "\n\n".join(part for part in (self._headline(), *(_text(*table) for table in self._tables())) if part)
+
+    def _repr_html_(self) -> str:
+        headline = html.escape(self._headline()).replace("\n", "<br>")
+        return f"<p>{headline}</p>" + "".join(_html(*table) for table in self._tables())
+
+    def _headline(self) -> str:
+        if self.backend is None:
+            return "neuron_xtts: not patched"
+        lines = [f"neuron_xtts: backend {self.backend}, precision {self.precision}"]
+        lines += [f"no {graph} graph: {reason}" for graph, reason in self.missing.items()]
+        if self.gone:
+            lines.append(f"gone: {', '.join(self.gone)} (the model replaced these modules; patch(model) restores them)")
+        return "\n".join(lines)
+
+    def _tables(self) -> Iterable[Table]:
+        if self.routes:
+            yield (
+                ("route", "calls", "graphs", "handed over", "fallbacks", "seconds"),
+                [
+                    (name, str(r.calls), str(r.served - r.handed_over), str(r.handed_over), str(r.fallbacks.total()),
+                     f"{r.seconds:.3f}")
+                    for name, r in self.routes.items()
+                ],
+            )  # fmt: skip
+        reasons = [
+            (name, str(count), reason) for name, r in self.routes.items() for reason, count in r.fallbacks.most_common()
+        ]
+        if reasons:
+            yield ("fallback of", "calls", "reason"), reasons
+        runs = [
+            (name, bucket, str(g.runs), f"{g.seconds:.3f}", f"{1e3 * g.seconds / g.runs:.2f}", f"{g.waste:.0%}")
+            for name, buckets in self.graphs.items()
+            for bucket, g in buckets.items()
+        ]
+        if runs:
+            yield ("graph", "bucket", "runs", "seconds", "ms per run", "padding"), runs
+
+
+def _text(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = [header, tuple("-" * width for width in widths), *rows]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def _html(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    def line(cells: tuple[str, ...], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return f"<table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"

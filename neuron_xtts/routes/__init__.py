@@ -1,0 +1,1 @@
+"""Routes: coqui-tts's calls translated into graph calls."""

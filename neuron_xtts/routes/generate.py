@@ -1,0 +1,177 @@
+"""The route ``GPT.generate``: embed on the host, prefill once, one decode step per code, sample on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from neuron_xtts.engine import Engine
+from neuron_xtts.errors import Fallback
+from neuron_xtts.graphs.transformer import MASKED
+from neuron_xtts.routes.latents import LatentsMemo, check_trunk
+from neuron_xtts.sampling import Sampling
+
+
+class GenerateRoute:
+    """Audio codes of a text, as ``GPT.generate`` samples them.
+
+    Args:
+        engine: of the patched model.
+        memo: where the latents go that decoding makes on the way.
+    """
+
+    name = "GPT.generate"
+
+    def __init__(self, engine: Engine, memo: LatentsMemo) -> None:
+        self.engine = engine
+        self.memo = memo
+
+    @torch.no_grad()
+    def __call__(self, cond_latents: Tensor, text_inputs: Tensor, **kwargs: Any) -> Any:
+        """Serve ``GPT.generate``.
+
+        Args:
+            cond_latents: (B, 32, D) conditioning latents.
+            text_inputs: (B, T) text tokens.
+            kwargs: of Hugging Face's ``generate``.
+
+        Returns:
+            codes (rows, N), the stop code included, where rows is B * num_return_sequences; with
+            ``return_dict_in_generate`` a pair of them and transformers' ``GenerateDecoderOnlyOutput``.
+        """
+        gpt, engine = self.engine.gpt, self.engine
+        sampling = Sampling.parse(kwargs, gpt.gpt_inference.generation_config, gpt.max_gen_mel_tokens)
+        engine.require("prefill", "decode")
+        check_trunk(gpt)
+        if cond_latents.dtype != torch.float32:
+            raise Fallback(f"conditioning latents of {cond_latents.dtype}")
+
+        prefix = embed_prefix(gpt, cond_latents, text_inputs)  # (B, P, D), the start code last
+        decoding = Decoding(engine, prefix, sampling.num_return_sequences)
+        ids = torch.ones(decoding.rows, prefix.shape[1], dtype=torch.long)  # as GPT.compute_embeddings makes them
+        ids[:, -1] = gpt.start_audio_token
+        processors = sampling.processors(ids.shape[1], gpt.stop_audio_token)
+        unfinished = torch.ones(decoding.rows, dtype=torch.bool)
+        latents = []
+        for step, (step_latents, logits) in enumerate(decoding):
+            codes = sampling.draw(processors(ids, logits))
+            codes = torch.where(unfinished, codes, gpt.stop_audio_token)
+            ids = torch.cat([ids, codes[:, None]], dim=1)
+            latents.append(step_latents)
+            unfinished &= codes != gpt.stop_audio_token
+            if step + 1 == sampling.max_new_tokens or not unfinished.any():
+                break
+            decoding.feed(embed_code(gpt, codes, step + 1))
+
+        codes = ids[:, prefix.shape[1] :]
+        if sampling.num_return_sequences == 1:
+            self.memo.store(gpt, cond_latents, text_inputs, codes, torch.stack(latents, dim=1))
+        if not sampling.return_dict_in_generate:
+            return codes
+        return codes, GenerateDecoderOnlyOutput(sequences=ids, past_key_values=decoding.cache())
+
+
+def embed_prefix(gpt: Any, cond_latents: Tensor, text_inputs: Tensor) -> Tensor:
+    """Embeddings (B, P, D) of the conditioning latents, the text between its start and stop tokens, and the start code.
+
+    As ``GPT.compute_embeddings`` and the first step of ``GPT2InferenceModel.forward`` make them.
+    """
+    text = F.pad(text_inputs, (0, 1), value=gpt.stop_text_token)
+    text = F.pad(text, (1, 0), value=gpt.start_text_token)
+    text_embeds = gpt.text_embedding(text) + gpt.text_pos_embedding(text)
+    start = torch.full((text.shape[0],), gpt.start_audio_token)
+    return torch.cat([cond_latents, text_embeds, embed_code(gpt, start, 0)], dim=1)
+
+
+def embed_code(gpt: Any, codes: Tensor, position: int) -> Tensor:
+    """Embeddings (B, 1, D) of one code (B,) per row at ``position`` of the audio."""
+    position_embed = gpt.mel_pos_embedding.get_fixed_embedding(position, codes.device)  # (1, 1, D)
+    embeds: Tensor = gpt.mel_embedding(codes[:, None]) + position_embed
+    return embeds
+
+
+class Decoding:
+    """Rows decoding together: prefill, the decode graph's state, positions, mask and buckets.
+
+    Iterating yields the latents (rows, D) and logits (rows, V) of each step, as long as `feed` is called in between.
+
+    Args:
+        engine: of the patched model.
+        prefix: (B, P, D) embeddings.
+        copies: rows that share a prefix; each prefix is run once.
+    """
+
+    def __init__(self, engine: Engine, prefix: Tensor, copies: int) -> None:
+        self.engine = engine
+        self.rows = prefix.shape[0] * copies
+        self.length = prefix.shape[1]  # positions written so far
+        self.slots = engine.plan.choose("slots", self.rows)
+        width = engine.plan.choose("decode", self.length + 1)
+        self.state = engine.backend.new_state(self.slots, width)
+        self.mask = torch.empty(self.slots, 1, 1, 0)
+        outputs = [self._prefill(row, embeds, copies) for row, embeds in enumerate(torch.split(prefix, 1))]
+        self.latents, self.logits = (
+            torch.cat(tensors).repeat_interleave(copies, 0) for tensors in zip(*outputs, strict=True)
+        )
+        self.embeds: Tensor | None = None
+
+    def _prefill(self, row: int, embeds: Tensor, copies: int) -> tuple[Tensor, Tensor]:
+        size = self.engine.plan.choose("prefill", self.length)
+        padded = F.pad(embeds, (0, 0, 0, size - self.length))
+        last = torch.tensor([self.length - 1], dtype=torch.int32)
+        latents, logits, *keys_and_values = self.engine.run("prefill", size, self.length, padded, last)
+        for slot in range(row * copies, (row + 1) * copies):
+            self.state.fill(slot, keys_and_values, self.length)
+        return latents, logits
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield self._checked(self.latents, self.logits)
+        while self.embeds is not None:
+            embeds, self.embeds = self.embeds, None
+            yield self._step(embeds)
+
+    def feed(self, embeds: Tensor) -> None:
+        """Give the embeddings (rows, 1, D) of the next position."""
+        self.embeds = embeds
+
+    def _step(self, embeds: Tensor) -> tuple[Tensor, Tensor]:
+        width = self.engine.plan.choose("decode", self.length + 1)
+        if width > self.state.positions:
+            self.state.grow(width)
+        spare = self.slots - self.rows
+        positions = torch.tensor([self.length] * self.rows + [0] * spare, dtype=torch.int32)
+        embeds = F.pad(embeds, (0, 0, 0, 0, 0, spare))
+        mask = self._mask(width)
+        self.length += 1
+        latents, logits = self.engine.step(self.state, self.rows * self.length, embeds, positions, mask)
+        return self._checked(latents[: self.rows], logits[: self.rows])
+
+    def _mask(self, width: int) -> Tensor:
+        """The mask (slots, 1, 1, width) of the step that writes position ``length``."""
+        if self.mask.shape[-1] != width:
+            self.mask = torch.full((self.slots, 1, 1, width), MASKED)
+            self.mask[..., 0] = 0  # of a spare row too, which must see something
+            self.mask[: self.rows, ..., : self.length] = 0
+        self.mask[: self.rows, ..., self.length] = 0
+        return self.mask
+
+    @staticmethod
+    def _checked(latents: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        if not logits.isfinite().all():
+            raise Fallback("logits that are not finite")
+        return latents, logits
+
+    def cache(self) -> transformers.DynamicCache:
+        """The keys and values so far, as transformers keeps them."""
+        cache = transformers.DynamicCache()
+        rows = [self.state.prefix(row, self.length) for row in range(self.rows)]
+        for block, pairs in enumerate(zip(*rows, strict=True)):
+            keys, values = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
+            cache.update(keys, values, block)
+        return cache

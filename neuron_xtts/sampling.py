@@ -1,0 +1,100 @@
+"""Sampling on the host: transformers' public logits processors in Hugging Face's order, and the draw.
+
+The order and the defaults are those of ``GenerationMixin.generate`` (transformers 4.57 to 5): repetition penalty,
+minimum length, then, if sampling, temperature, top-k and top-p. The same seed therefore draws the same codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from neuron_xtts.errors import Fallback
+
+# Arguments of generate() that change nothing at these values. length_penalty only matters to beam search.
+_NEUTRAL: dict[str, Any] = {
+    "num_beams": 1,
+    "use_cache": True,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "output_logits": False,
+}
+_IGNORED = {"length_penalty"}
+
+# Set on every generation config, and overridden by the token ids that GPT.generate passes.
+_CONFIG_BOOKKEEPING = {"bos_token_id", "eos_token_id", "pad_token_id", "_from_model_config", "transformers_version"}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a call of ``GPT.generate`` asks for; the defaults are those of transformers' ``GenerationConfig``."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    max_new_tokens: int = 0
+    num_return_sequences: int = 1
+    return_dict_in_generate: bool = False
+
+    @classmethod
+    def parse(cls, kwargs: dict[str, Any], generation_config: Any, max_new_tokens: int) -> Sampling:
+        """Read the keyword arguments of ``generate``.
+
+        Args:
+            kwargs: as the caller gave them.
+            generation_config: the model's own ``transformers.GenerationConfig``.
+            max_new_tokens: the limit where the caller names none.
+
+        Raises:
+            Fallback: naming the argument that the decode loop does not know.
+        """
+        for name, value in generation_config.to_diff_dict().items():
+            if name not in _CONFIG_BOOKKEEPING and not (name in _NEUTRAL and _NEUTRAL[name] == value):
+                raise Fallback(f"generation_config.{name}")
+        known = {field.name for field in fields(cls)}
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+        for name, value in kwargs.items():
+            if name in known and value is not None:
+                settings[name] = value
+            elif name not in _IGNORED and not (name in _NEUTRAL and _NEUTRAL[name] == value):
+                raise Fallback(f"argument {name}")
+        sampling = cls(**settings)
+        if sampling.max_new_tokens < 1:
+            raise Fallback("argument max_new_tokens below 1")
+        if sampling.num_return_sequences > 1 and not sampling.do_sample:
+            raise Fallback("argument num_return_sequences without do_sample")
+        if "return_dict_in_generate" in kwargs and not sampling.return_dict_in_generate:
+            raise Fallback("argument return_dict_in_generate=False")  # coqui-tts looks for the name, not the value
+        return sampling
+
+    def processors(self, prefix_length: int, stop_token: int) -> transformers.LogitsProcessorList:
+        """The logits processors, in Hugging Face's order."""
+        processors = transformers.LogitsProcessorList()
+        if self.repetition_penalty != 1.0:
+            processors.append(transformers.RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.min_new_tokens > 0:
+            processors.append(
+                transformers.MinNewTokensLengthLogitsProcessor(prefix_length, self.min_new_tokens, stop_token)
+            )
+        if self.do_sample:
+            if self.temperature != 1.0:
+                processors.append(transformers.TemperatureLogitsWarper(self.temperature))
+            if self.top_k != 0:
+                processors.append(transformers.TopKLogitsWarper(self.top_k))
+            if self.top_p < 1.0:
+                processors.append(transformers.TopPLogitsWarper(self.top_p))
+        return processors
+
+    def draw(self, scores: Tensor) -> Tensor:
+        """One code per row (B,) from processed scores (B, V), with torch's global random generator."""
+        if not self.do_sample:
+            return scores.argmax(dim=-1)
+        return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
