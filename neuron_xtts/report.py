@@ -88,11 +88,11 @@ class Report:
         return data
 
     def __str__(self) -> str:
-        return "\n\n".join(part for part in (self._headline(), *(_text(*table) for table in self._tables())) if part)
+        return "\n\n".join([self._headline(), *(table(*content) for content in self._tables())])
 
     def _repr_html_(self) -> str:
         headline = html.escape(self._headline()).replace("\n", "<br>")
-        return f"<p>{headline}</p>" + "".join(_html(*table) for table in self._tables())
+        return f"<p>{headline}</p>" + "".join(_html(*content) for content in self._tables())
 
     def _headline(self) -> str:
         if self.backend is None:
@@ -127,7 +127,8 @@ class Report:
             yield ("graph", "bucket", "runs", "seconds", "ms per run", "padding"), runs
 
 
-def _text(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A text table with aligned columns."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = [header, tuple("-" * width for width in widths), *rows]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
