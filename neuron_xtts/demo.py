@@ -202,7 +202,7 @@ class Spoken:
         """Seconds of audio, without the silence that coqui-tts appends to a sentence."""
         from TTS.utils.synthesizer import PAD_SILENCE_SAMPLES
 
-        return (len(self.audio) - PAD_SILENCE_SAMPLES) / SAMPLE_RATE
+        return (len(self.audio) - int(PAD_SILENCE_SAMPLES)) / SAMPLE_RATE
 
 
 def speak(tts: Any, text: str, *, seed: int, label: str, codes: int | None, **options: Any) -> Spoken:

@@ -1,0 +1,88 @@
+"""The command, as users run it."""
+
+import subprocess
+import sys
+import wave
+
+import numpy as np
+import pytest
+
+import neuron_xtts
+from neuron_xtts.cli import main
+from neuron_xtts.demo import random_tts, write_reference
+
+
+def samples(path):
+    with wave.open(str(path)) as file:
+        assert (file.getframerate(), file.getnchannels(), file.getsampwidth()) == (24000, 1, 2)
+        return np.frombuffer(file.readframes(file.getnframes()), dtype=np.int16)
+
+
+def check_demo(out, folder, frames):
+    assert "largest difference of a sample" in out
+    assert "neuron_xtts: backend cpu, precision fp32" in out
+    difference = next(line for line in out.splitlines() if line.startswith("largest difference")).split()[-1]
+    assert float(difference) < 1e-5
+    plain, patched = samples(folder / "plain.wav"), samples(folder / "patched.wav")
+    if frames:
+        assert len(plain) == frames * 256 + 10000  # coqui-tts appends silence
+    assert np.abs(plain.astype(int) - patched).max() <= 1  # of 32767: rounding to 16 bits
+    assert np.abs(plain).max() > 100
+
+
+def test_demo(tmp_path):
+    """In a process of its own: the installed command, without a terminal."""
+    command = [
+        sys.executable,
+        "-m",
+        "neuron_xtts.cli",
+        "demo",
+        "--small",
+        "--codes",
+        "20",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    check_demo(done.stdout, tmp_path / "out", frames=int(20 * 4 * 24000 / 22050))
+    assert "random weights" in done.stdout
+    assert "20/20" in done.stderr  # the progress bars
+    assert (tmp_path / "out" / "reference.wav").is_file()
+
+
+def test_demo_with_a_checkpoint(tmp_path, capsys):
+    random_tts(tmp_path / "checkpoint", small=True)
+    write_reference(tmp_path / "voice.wav", seconds=2)
+    arguments = [
+        "--checkpoint",
+        tmp_path / "checkpoint",
+        "--speaker-wav",
+        tmp_path / "voice.wav",
+        "--out",
+        tmp_path / "out",
+    ]
+    assert main(["demo", *map(str, arguments), "--text", "hello", "--seed", "4"]) == 0
+    output = capsys.readouterr().out
+    check_demo(output, tmp_path / "out", frames=None)
+    assert "real weights" in output
+    assert not (tmp_path / "out" / "reference.wav").exists()
+
+
+def test_demo_without_a_checkpoint_where_it_was_named(tmp_path, capsys):
+    assert main(["demo", "--checkpoint", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert "has no config.json, vocab.json, model.pth; expected the folder of an XTTS v2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["speak"], ["demo", "--codes", "0"], ["demo", "--codes", "many"]])
+def test_wrong_arguments(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    assert "usage: neuron-xtts" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == neuron_xtts.__version__

@@ -1,0 +1,449 @@
+"""Every named fallback: reached, answered by coqui-tts bit for bit, and counted with its reason."""
+
+import copy
+import logging
+import pathlib
+import re
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from helpers import all_fallbacks, assert_identical, assert_same_speech, fallbacks, speak, stop_after
+from torch import nn
+
+import neuron_xtts
+from neuron_xtts import BucketPlan
+from neuron_xtts.backends.cpu import CpuBackend, HostState
+
+TEXT = torch.arange(1, 10)[None]
+CODES = torch.arange(100, 120)[None]
+
+
+def generate(xtts, voice, *, cond=None, text=TEXT, **options):
+    return xtts.gpt.generate(voice[0] if cond is None else cond, text, **{"max_new_tokens": 12, **options})
+
+
+def latents(xtts, voice, *, lengths=(9,), samples=(20 * 1024,), grad=False, **options):
+    options = {"cond_latents": voice[0], "return_latent": True, **options}
+    with torch.set_grad_enabled(grad):
+        return xtts.gpt(TEXT, torch.tensor(lengths), CODES, torch.tensor(samples), **options)
+
+
+def vocode(xtts, voice, *, rows=1, speaker=None, dtype=torch.float32, grad=False, value=None):
+    x = torch.randn(rows, 7, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    if value is not None:
+        x[0, 3, 3] = value
+    with torch.set_grad_enabled(grad):
+        return xtts.hifigan_decoder(x, g=voice[1] if speaker is None else speaker(voice[1]))
+
+
+def call(function, **options):
+    return lambda xtts, voice: function(xtts, voice, **options)
+
+
+def set_generation_config(xtts):
+    xtts.gpt.gpt_inference.generation_config.suppress_tokens = [3, 4]
+
+
+def replace_trunk_class(xtts):
+    trunk = xtts.gpt.gpt
+    trunk.__class__ = type("OtherTrunk", (type(trunk),), {})
+
+
+def replace_vocoder_class(xtts):
+    generator = xtts.hifigan_decoder.waveform_decoder
+    generator.__class__ = type("OtherGenerator", (type(generator),), {})
+
+
+def add_linear_in_front(xtts):
+    generator = xtts.hifigan_decoder.waveform_decoder
+    generator.lin_pre = lambda x: x.transpose(-1, -2)  # what follows it permutes back
+
+
+def hook_trunk(xtts):
+    xtts.gpt.gpt.h[1].mlp.register_forward_hook(lambda module, inputs, output: output * 1.5)
+
+
+def hook_vocoder(xtts):
+    xtts.hifigan_decoder.waveform_decoder.register_forward_hook(lambda module, inputs, output: output * 0.5)
+
+
+def double(xtts):
+    xtts.double()
+
+
+def to_meta(xtts):
+    xtts.gpt.to("meta")
+
+
+def poison(xtts):
+    with torch.no_grad():
+        xtts.gpt.mel_head.weight[5] = torch.nan
+
+
+def poison_trunk(xtts):
+    with torch.no_grad():
+        xtts.gpt.final_norm.weight[0] = torch.inf
+
+
+def replace_norm(xtts):
+    xtts.gpt.gpt.ln_f = copy.deepcopy(xtts.gpt.gpt.ln_f)
+    with torch.no_grad():
+        xtts.gpt.gpt.ln_f.weight *= 2
+
+
+def train(xtts):
+    xtts.gpt.train()
+
+
+class AlwaysSeven(transformers.LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return torch.full_like(scores, -1e4).index_fill(1, torch.tensor([7]), 0.0)
+
+
+def sampled(**options):
+    return call(generate, do_sample=True, **options)
+
+
+# name: (done to the model before patch(), done after it, the call, its route, the reason)
+CASES = {
+    # Arguments of generate
+    "beams": (None, None, call(generate, num_beams=3), "GPT.generate", "argument num_beams"),
+    "processor": (
+        None, None, call(generate, logits_processor=transformers.LogitsProcessorList([AlwaysSeven()])),
+        "GPT.generate", "argument logits_processor",
+    ),
+    "typical_p": (None, None, sampled(typical_p=0.5), "GPT.generate", "argument typical_p"),
+    "no value": (None, None, sampled(top_k=None), "GPT.generate", "argument top_k"),
+    "hidden states": (None, None, call(generate, output_hidden_states=True), "GPT.generate",
+                      "argument output_hidden_states"),
+    "no cache": (None, None, sampled(use_cache=False), "GPT.generate", "argument use_cache"),
+    "max_length": (None, None, call(generate, max_length=90), "GPT.generate", "argument max_length"),
+    "no codes": (None, None, call(generate, max_new_tokens=0), "GPT.generate", "argument max_new_tokens below 1"),
+    "copies of greedy": (None, None, call(generate, num_return_sequences=2), "GPT.generate",
+                         "argument num_return_sequences without do_sample"),
+    "dict that is none": (None, None, call(generate, return_dict_in_generate=False), "GPT.generate",
+                          "argument return_dict_in_generate=False"),
+    "generation config": (set_generation_config, None, sampled(), "GPT.generate", "generation_config.suppress_tokens"),
+    "bad temperature": (None, None, sampled(temperature=-1.0), "GPT.generate", "ValueError: `temperature`"),
+    "wrong arguments": (None, None, call(generate, cond_latents=1), "GPT.generate", "TypeError: "),
+    "conditioning of float64": (
+        None, None, lambda xtts, voice: generate(xtts, voice, cond=voice[0].double()),
+        "GPT.generate", "conditioning latents of torch.float64",
+    ),
+    "text too long": (None, None, call(generate, text=torch.ones(1, 500, dtype=torch.long)), "GPT.generate",
+                      "IndexError: "),
+    "NaN weights": (poison, None, call(generate), "GPT.generate", "logits that are not finite"),
+    # The state of the model
+    "training": (train, None, sampled(), "GPT.generate", "training mode"),
+    "hooks": (hook_trunk, None, sampled(), "GPT.generate", "forward hooks"),
+    "hooks of the vocoder": (hook_vocoder, None, call(vocode), "HifiDecoder.forward", "forward hooks"),
+    "float64": (double, None, lambda xtts, voice: generate(xtts, (voice[0].double(),), do_sample=True),
+                "GPT.generate", "weights of torch.float64"),
+    "another device": (to_meta, None, sampled(), "GPT.generate", "weights on meta"),
+    "a module replaced": (None, replace_norm, sampled(), "GPT.generate",
+                          "the model's modules were replaced after patch()"),
+    "another trunk": (replace_trunk_class, None, sampled(), "GPT.generate",
+                      "the GPT trunk is a OtherTrunk, not a GPT2Model"),
+    "another vocoder": (replace_vocoder_class, None, call(vocode), "HifiDecoder.forward",
+                        "the vocoder is a OtherGenerator, not a HifiganGenerator"),
+    "a linear layer in front": (add_linear_in_front, None, call(vocode, rows=2), "HifiDecoder.forward",
+                                "a HiFi-GAN without speaker conditioning, or with a linear layer in front"),
+    # GPT.forward
+    "losses": (None, None, call(latents, return_latent=False, cond_mels=torch.randn(1, 80, 32)), "GPT.forward",
+               "losses were asked for"),
+    "attentions": (None, None, call(latents, return_attentions=True), "GPT.forward", "argument return_attentions"),
+    "mels": (None, None, call(latents, cond_latents=None, cond_mels=torch.ones(1, 80, 64)), "GPT.forward",
+             "argument cond_mels"),
+    "lens": (None, None, call(latents, cond_lens=torch.tensor([2048])), "GPT.forward", "argument cond_lens"),
+    "no conditioning": (None, None, call(latents, cond_latents=None), "GPT.forward", "no conditioning latents"),
+    "gradients": (None, None, call(latents, grad=True), "GPT.forward", "gradients are on"),
+    "latents of float64": (
+        None, None, lambda xtts, voice: latents(xtts, voice, cond_latents=voice[0].double()),
+        "GPT.forward", "conditioning latents of torch.float64",
+    ),
+    "text lengths": (None, None, call(latents, lengths=(12,)), "GPT.forward", "text_lengths beyond text_inputs"),
+    "no audio": (None, None, call(latents, samples=(0,)), "GPT.forward", "no audio codes"),
+    "too much audio": (None, None, call(latents, samples=(604 * 1024,)), "GPT.forward",
+                       "more audio codes than the model has positions"),
+    "infinite latents": (poison_trunk, None, call(latents), "GPT.forward", "latents that are not finite"),
+    # HifiDecoder.forward
+    "gradients in the vocoder": (None, None, call(vocode, grad=True), "HifiDecoder.forward", "gradients are on"),
+    "two dimensions": (
+        None, None, lambda xtts, voice: xtts.hifigan_decoder(torch.ones(7, 64), g=voice[1]),
+        "HifiDecoder.forward", "latents of 2 dimensions",
+    ),
+    "no speaker": (None, None, lambda xtts, voice: xtts.hifigan_decoder(torch.ones(1, 7, 64)), "HifiDecoder.forward",
+                   "a speaker embedding that is not one per row"),
+    "two speakers": (None, None, call(vocode, speaker=lambda g: torch.cat([g, -g])), "HifiDecoder.forward",
+                     "a speaker embedding that is not one per row"),
+    "half latents": (None, None, call(vocode, dtype=torch.float16), "HifiDecoder.forward", "latents of torch.float16"),
+    "NaN latents": (None, None, call(vocode, value=torch.nan), "HifiDecoder.forward", "audio that is not finite"),
+}  # fmt: skip
+
+
+def outcome(function, xtts, voice):
+    """What a call returns or raises, and the random state it leaves."""
+    torch.manual_seed(11)
+    try:
+        with torch.no_grad():
+            result = function(xtts, voice)
+    except Exception as error:
+        result = (type(error), str(error))
+    return result, torch.get_rng_state()
+
+
+def assert_equal(ours, theirs):
+    assert type(ours) is type(theirs)
+    if isinstance(theirs, torch.Tensor):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    elif isinstance(theirs, (tuple, list)):
+        for a, b in zip(ours, theirs, strict=True):
+            assert_equal(a, b)
+    else:
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_fallback(xtts, voice, name):
+    before, after, function, route, reason = CASES[name]
+    if before:
+        before(xtts)
+    theirs_model = copy.deepcopy(xtts)
+    if after:
+        after(theirs_model)
+    theirs = outcome(function, theirs_model, voice)
+    neuron_xtts.patch(xtts)
+    if after:
+        after(xtts)
+    ours = outcome(function, xtts, voice)
+    assert_equal(ours, theirs)
+    (counted, count), *others = fallbacks(xtts, route).items()
+    assert counted.startswith(reason)
+    assert count == 1
+    assert not others
+
+
+def test_every_reason_is_tested():
+    """The reasons in the source, with their variable parts cut, all begin a reason above or in another test."""
+    source = pathlib.Path(neuron_xtts.__file__).parent
+    reasons = set()
+    for path in source.rglob("*.py"):
+        reasons |= set(re.findall(r'Fallback\(f?"([^"{]+)', path.read_text()))
+    tested = {reason for *_, reason in CASES.values()} | set(OTHER_REASONS)
+    assert {reason for reason in reasons if not any(known.startswith(reason) for known in tested)} == set()
+    assert set(OTHER_REASONS.values()) <= set(globals())
+
+
+OTHER_REASONS = {
+    "no prefill graph": "test_no_graphs",
+    "no vocoder graph": "test_no_graphs",
+    "larger than the largest decode bucket": "test_larger_than_every_bucket",
+    "autocast": "test_autocast",
+    "GPT-2 with activation_function='relu'": "test_other_gpt2",
+    "a GPT without learned positions": "test_no_learned_positions",
+}
+
+
+@pytest.mark.parametrize("sampling", [{"do_sample": True}, {"do_sample": False}], ids=["sampled", "greedy"])
+def test_no_graphs(xtts, voice, sampling):
+    theirs = speak(xtts, voice, max_new_tokens=20, **sampling)
+    neuron_xtts.patch(xtts, buckets=BucketPlan.none())
+    assert_identical(speak(xtts, voice, max_new_tokens=20, **sampling), theirs)
+    assert all_fallbacks(xtts) == {
+        "GPT.generate": {"no decode graph": 1},
+        "GPT.forward": {"no latents graph": 1},
+        "HifiDecoder.forward": {"no vocoder graph": 1},
+    }
+
+
+def test_no_prefill_graph(xtts, voice):
+    theirs = speak(xtts, voice, max_new_tokens=20)
+    neuron_xtts.patch(xtts, buckets=BucketPlan(prefill=()))
+    ours = speak(xtts, voice, max_new_tokens=20)
+    assert_same_speech(ours, theirs)
+    assert all_fallbacks(xtts) == {"GPT.generate": {"no prefill graph": 1}}
+    assert neuron_xtts.report(xtts).graphs["latents"]["exact"].runs == 1
+
+
+SMALL_PLANS = {
+    "larger than the largest prefill bucket (16)": BucketPlan(prefill=(16,)),
+    "larger than the largest decode bucket (70)": BucketPlan(decode=(70,)),  # reached in the middle of a sentence
+}
+
+
+@pytest.mark.parametrize("reason", SMALL_PLANS)
+def test_larger_than_every_bucket(xtts, voice, reason):
+    stop_after(xtts, None)
+    theirs = speak(xtts, voice, max_new_tokens=40)
+    neuron_xtts.patch(xtts, buckets=SMALL_PLANS[reason])
+    assert_same_speech(speak(xtts, voice, max_new_tokens=40), theirs)
+    assert all_fallbacks(xtts) == {"GPT.generate": {reason: 1}}
+
+
+def test_more_rows_than_slots(xtts, voice):
+    neuron_xtts.patch(xtts, buckets=BucketPlan(slots=(1, 2)))
+    codes = sampled(num_return_sequences=3)(xtts, voice)
+    assert codes.shape[0] == 3
+    assert all_fallbacks(xtts) == {"GPT.generate": {"larger than the largest decode bucket (2)": 1}}
+
+
+def test_autocast(xtts, voice):
+    def outcomes():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return [outcome(function, xtts, voice) for function in (sampled(), call(latents), call(vocode))]
+
+    theirs = outcomes()
+    neuron_xtts.patch(xtts)
+    assert_equal(outcomes(), theirs)
+    assert all_fallbacks(xtts) == {
+        name: {"autocast": 1} for name in ("GPT.generate", "GPT.forward", "HifiDecoder.forward")
+    }
+
+
+def test_other_gpt2(xtts, voice):
+    """A trunk that the graphs do not compute: the vocoder still runs as one."""
+    xtts.gpt.gpt.config.activation_function = "relu"
+    for block in xtts.gpt.gpt.h:
+        block.mlp.act = nn.ReLU()
+    theirs = speak(xtts, voice, max_new_tokens=15)
+    neuron_xtts.patch(xtts)
+    assert_same_speech(speak(xtts, voice, max_new_tokens=15), theirs)
+    reason = "GPT-2 with activation_function='relu'"
+    assert all_fallbacks(xtts) == {"GPT.generate": {reason: 1}, "GPT.forward": {reason: 1}}
+    report = neuron_xtts.report(xtts)
+    assert report.missing == dict.fromkeys(("prefill", "decode", "latents"), reason)
+    assert f"no decode graph: {reason}" in str(report)
+    assert report.routes["HifiDecoder.forward"].served == 1
+
+
+def test_no_learned_positions(xtts, voice):
+    class NoPositions:
+        def __call__(self, x):
+            return torch.zeros(1, x.shape[1], 64)
+
+        def get_fixed_embedding(self, index, device):
+            return torch.zeros(1, 1, 64)
+
+    positions = NoPositions()
+    del xtts.gpt.mel_pos_embedding
+    xtts.gpt.mel_pos_embedding = positions
+    xtts.eval()
+    del xtts.gpt.gpt_inference.pos_embedding
+    xtts.gpt.gpt_inference.pos_embedding = positions
+    theirs = speak(xtts, voice, max_new_tokens=15)
+    neuron_xtts.patch(xtts)
+    assert_same_speech(speak(xtts, voice, max_new_tokens=15), theirs)
+    assert set(fallbacks(xtts, "GPT.generate")) == {"a GPT without learned positions"}
+
+
+class BoomError(Exception):
+    """A fault that no code of ours knows."""
+
+
+def failing(original, at):
+    calls = iter(range(10**6))
+
+    def run(*args, **kwargs):
+        if next(calls) == at:
+            raise BoomError("the device is gone")
+        return original(*args, **kwargs)
+
+    return run
+
+
+FAULTS = {
+    "prefill": (CpuBackend, "run", 0, "GPT.generate"),
+    "fill": (HostState, "fill", 0, "GPT.generate"),
+    "first step": (HostState, "step", 0, "GPT.generate"),
+    "step 9": (HostState, "step", 9, "GPT.generate"),
+    "last step": (HostState, "step", 18, "GPT.generate"),
+    "vocoder": (CpuBackend, "run", 1, "HifiDecoder.forward"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("plan", [BucketPlan(), BucketPlan.static()], ids=["exact", "static"])
+def test_fault_anywhere(xtts, voice, monkeypatch, caplog, fault, plan):
+    """An exception at any step: coqui-tts's result, as if nothing had happened."""
+    options = {"max_new_tokens": 20, **stop_after(xtts, None)}
+    theirs = speak(xtts, voice, **options)
+    owner, method, at, route = FAULTS[fault]
+    neuron_xtts.patch(xtts, buckets=plan)
+    with monkeypatch.context() as patching, caplog.at_level(logging.WARNING, logger="neuron_xtts"):
+        patching.setattr(owner, method, failing(getattr(owner, method), at))
+        ours = speak(xtts, voice, **options)
+    assert_same_speech(ours, theirs)
+    assert all_fallbacks(xtts) == {route: {"BoomError: the device is gone": 1}}
+    records = [record for record in caplog.records if record.name.startswith("neuron_xtts")]
+    assert [record.exc_info is not None for record in records] == [True]  # with the traceback
+    assert_same_speech(speak(xtts, voice, **options), theirs)  # and the model is as good as before
+
+
+def test_nan_of_a_graph(xtts, voice, monkeypatch):
+    """A graph that returns NaN where coqui-tts does not."""
+    options = {"max_new_tokens": 20, **stop_after(xtts, None)}
+    theirs = speak(xtts, voice, **options)
+    step, run = HostState.step, CpuBackend.run
+    neuron_xtts.patch(xtts)
+    with monkeypatch.context() as patching:
+        patching.setattr(HostState, "step", lambda *args: tuple(x * torch.nan for x in step(*args)))
+        assert_same_speech(speak(xtts, voice, **options), theirs)
+        assert fallbacks(xtts, "GPT.generate") == {"logits that are not finite": 1}
+        patching.setattr(
+            CpuBackend, "run", lambda self, name, *args: tuple(x * torch.nan for x in run(self, name, *args))
+        )
+        assert_identical(speak(xtts, voice, **options), theirs)
+        assert fallbacks(xtts, "HifiDecoder.forward") == {"audio that is not finite": 1}
+
+
+def test_logged_once(xtts, voice, caplog):
+    neuron_xtts.patch(xtts)
+    with caplog.at_level(logging.WARNING, logger="neuron_xtts"):
+        for _ in range(3):
+            latents(xtts, voice, grad=True)
+    assert len([record for record in caplog.records if record.name.startswith("neuron_xtts")]) == 1
+
+
+def test_disabled_by_environment(xtts, voice, monkeypatch):
+    """Honoured per call."""
+    theirs = speak(xtts, voice, max_new_tokens=15)
+    neuron_xtts.patch(xtts, strict=True)
+    monkeypatch.setenv("NEURON_XTTS_DISABLE", "1")
+    assert_identical(speak(xtts, voice, max_new_tokens=15), theirs)
+    report = neuron_xtts.report(xtts)
+    assert report.routes["GPT.generate"].fallbacks == {"NEURON_XTTS_DISABLE is set": 1}
+    assert not report.graphs
+    monkeypatch.setenv("NEURON_XTTS_DISABLE", "0")
+    assert_same_speech(speak(xtts, voice, max_new_tokens=15), theirs)
+    assert neuron_xtts.report(xtts).routes["GPT.generate"].served == 1
+
+
+def test_strict(xtts, voice):
+    neuron_xtts.patch(xtts, strict=True)
+    with pytest.raises(neuron_xtts.FallbackError, match=r"GPT\.generate .* argument num_beams") as error:
+        generate(xtts, voice, num_beams=2)
+    assert (error.value.route, error.value.reason) == ("GPT.generate", "argument num_beams")
+    with pytest.raises(neuron_xtts.FallbackError, match="TypeError") as error:
+        generate(xtts, voice, cond_latents=1)
+    assert isinstance(error.value.__cause__, TypeError)
+    speak(xtts, voice, max_new_tokens=5)
+
+
+def test_an_error_of_coqui_is_its_own(xtts, voice):
+    """Not chained to the exception that made us fall back."""
+    neuron_xtts.patch(xtts)
+    with pytest.raises(ValueError, match="temperature") as error:
+        sampled(temperature=-1.0)(xtts, voice)
+    assert error.value.__context__ is None
+
+
+def test_nested_calls_are_not_routed_twice(xtts, voice):
+    """`HifiDecoder.inference` calls `forward`: inside a fallback that is coqui-tts's own."""
+    x = torch.randn(1, 7, 64)
+    theirs = xtts.hifigan_decoder.inference(x, voice[1])
+    neuron_xtts.patch(xtts, buckets=BucketPlan.none())
+    np.testing.assert_array_equal(xtts.hifigan_decoder.inference(x, voice[1]), theirs)
+    assert all_fallbacks(xtts) == {"HifiDecoder.inference": {"no vocoder graph": 1}}
