@@ -77,7 +77,7 @@ class BucketPlan:
                 return size
         if not sizes:
             raise Fallback(f"no {graph} graph")
-        # No sizes in the reason: reasons are counted, and a count per length would drown the report.
+        # Not what was needed: reasons are counted, and a count per length would drown the report.
         raise Fallback(f"larger than the largest {graph} bucket ({sizes[-1]})")
 
     def to_dict(self) -> dict[str, Any]:

@@ -83,8 +83,10 @@ class Engine:
         return (gpt.gpt, gpt.gpt.h, gpt.gpt.ln_f, gpt.final_norm, gpt.mel_head)
 
     def require(self, *graphs: str) -> None:
-        """Raise `Fallback` unless the model has these graphs, made of the modules it has now."""
+        """Raise `Fallback` unless these graphs are to be had, made of the modules that the model has now."""
         for graph in graphs:
+            if getattr(self.plan, graph) == ():
+                raise Fallback(f"no {graph} graph")
             if graph in self.missing:
                 raise Fallback(self.missing[graph])
             if any(now is not then for now, then in zip(self._modules(graph), self._sources[graph], strict=True)):

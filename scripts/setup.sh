@@ -6,7 +6,7 @@ environment=$1
 python=${PYTHON:-python3}
 
 # torchcodec, with which coqui-tts reads reference recordings, loads the shared libraries of ffmpeg.
-if ! { command -v ffmpeg || ldconfig -p 2>/dev/null | grep -q libavcodec; } >/dev/null; then
+if ! PATH="$PATH:/usr/sbin:/sbin" ldconfig -p | grep -q libavcodec; then
     if ! command -v apt-get >/dev/null; then
         echo "ffmpeg's libraries are missing. Install ffmpeg with this system's package manager, and run this again." >&2
         exit 1

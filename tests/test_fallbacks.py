@@ -253,7 +253,7 @@ def test_no_graphs(xtts, voice, sampling):
     neuron_xtts.patch(xtts, buckets=BucketPlan.none())
     assert_identical(speak(xtts, voice, max_new_tokens=20, **sampling), theirs)
     assert all_fallbacks(xtts) == {
-        "GPT.generate": {"no decode graph": 1},
+        "GPT.generate": {"no prefill graph": 1},
         "GPT.forward": {"no latents graph": 1},
         "HifiDecoder.forward": {"no vocoder graph": 1},
     }

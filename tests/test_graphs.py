@@ -85,8 +85,12 @@ def test_split_product(gpt, threads):
     torch.set_num_threads(threads)
     try:
         for module in (gpt.gpt.h[0].attn.c_attn, gpt.gpt.h[0].mlp.c_proj):
-            x = torch.randn(1, 1, module.weight.shape[0], dtype=torch.double)
-            torch.testing.assert_close(linear(module, x), module(x))
+            for rows in (1, 5, 40):
+                x = torch.randn(rows, 1, module.weight.shape[0], dtype=torch.double)
+                torch.testing.assert_close(linear(module, x), module(x))
+        handle = module.register_forward_hook(lambda module, inputs, output: output + 1)
+        torch.testing.assert_close(linear(module, x[:1]), module(x[:1]))
+        handle.remove()
     finally:
         torch.set_num_threads(before)
 

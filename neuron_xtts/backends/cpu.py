@@ -15,6 +15,9 @@ from neuron_xtts.graphs.transformer import Decode, Trunk
 # Positions by which a state grows: growing copies, and this keeps it rare where shapes are exact.
 _GROWTH = 128
 
+# Rows up to which a split product was faster, measured at 1 to 32; prefill and latents have more.
+_SPLIT_ROWS = 32
+
 
 class CpuBackend:
     """Runs graphs on the host CPU.
@@ -91,19 +94,21 @@ def _rounded(positions: int) -> int:
 
 
 def linear(module: Any, x: Tensor) -> Tensor:
-    """``module(x)``; for one row and a GPT-2 ``Conv1D`` the product is split so that every thread streams weights.
+    """``module(x)``; for few rows and a GPT-2 ``Conv1D`` the product is split so that every thread streams weights.
 
-    A matrix-vector product is bound by reading the weight, and MKL reads it slowly: as one product at two thirds of
-    the memory bandwidth, as one product per thread, each over its share of the input channels, at nine tenths
+    With few rows the product is bound by reading the weight, and MKL reads it slowly: for one row at two thirds of the
+    memory bandwidth, but as one product per thread, each over its share of the input channels, at nine tenths
     (docs/performance.md).
     """
-    if x.numel() != x.shape[-1] or type(module) is not Conv1D or module._forward_hooks:
+    rows = x.numel() // x.shape[-1]
+    if rows > _SPLIT_ROWS or type(module) is not Conv1D or module._forward_hooks or module._forward_pre_hooks:
         whole: Tensor = module(x)
         return whole
     weight: Tensor = module.weight  # (channels in, channels out)
     parts = torch.get_num_threads()
     while weight.shape[0] % parts:
         parts -= 1
-    partial = torch.bmm(x.view(parts, 1, -1), weight.view(parts, -1, weight.shape[1]))  # (parts, 1, channels out)
-    product: Tensor = partial.sum(0) + module.bias
+    x_parts = x.reshape(rows, parts, -1).transpose(0, 1)  # (parts, rows, channels in / parts)
+    products = torch.bmm(x_parts, weight.view(parts, -1, weight.shape[1]))  # (parts, rows, channels out)
+    product: Tensor = products.sum(0) + module.bias
     return product.view(*x.shape[:-1], -1)

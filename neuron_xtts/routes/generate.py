@@ -114,7 +114,7 @@ class Decoding:
         self.slots = engine.plan.choose("slots", self.rows)
         width = engine.plan.choose("decode", self.length + 1)
         self.state = engine.backend.new_state(self.slots, width)
-        self.mask = torch.empty(self.slots, 1, 1, 0)
+        self.mask = prefix.new_empty(self.slots, 1, 1, 0)
         outputs = [self._prefill(row, embeds, copies) for row, embeds in enumerate(torch.split(prefix, 1))]
         self.latents, self.logits = (
             torch.cat(tensors).repeat_interleave(copies, 0) for tensors in zip(*outputs, strict=True)
@@ -155,7 +155,7 @@ class Decoding:
     def _mask(self, width: int) -> Tensor:
         """The mask (slots, 1, 1, width) of the step that writes position ``length``."""
         if self.mask.shape[-1] != width:
-            self.mask = torch.full((self.slots, 1, 1, width), MASKED)
+            self.mask = self.mask.new_full((self.slots, 1, 1, width), MASKED)
             self.mask[..., 0] = 0  # of a spare row too, which must see something
             self.mask[: self.rows, ..., : self.length] = 0
         self.mask[: self.rows, ..., self.length] = 0

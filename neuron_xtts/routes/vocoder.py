@@ -69,15 +69,13 @@ class VocoderRoute:
         if sizes is None:
             yield engine.run("vocoder", total, total, frames, speaker, None)[0]
             return
-        if not sizes:
-            raise Fallback("no vocoder graph")
         size = next((size for size in sizes if size >= total), sizes[-1])
         whole = size >= total
         halo, core = (0, size) if whole else (engine.halo, size - 2 * engine.halo)
         for start in range(0, total, core):
             first, last = max(start - halo, 0), min(start + core + halo, total)
             pad = (first - (start - halo), start + core + halo - last)
-            mask = F.pad(torch.ones(1, 1, last - first), pad)
+            mask = F.pad(frames.new_ones(1, 1, last - first), pad)
             end = min(start + core, total)
             (audio,) = engine.run("vocoder", size, end - start, F.pad(frames[:, :, first:last], pad), speaker, mask)
             hop = audio.shape[2] // size
