@@ -152,7 +152,7 @@ def report(model: Any) -> Report:
     found = _patches.get(xtts)
     if found is None:
         return Report()
-    return found.engine.report(list(found.installations), found.gone(xtts))
+    return found.engine.report(found.installations, found.gone(xtts))
 
 
 def _check_option(name: str, value: str, known: tuple[str, ...]) -> None:

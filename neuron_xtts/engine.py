@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from neuron_xtts.buckets import BucketPlan
 from neuron_xtts.errors import Fallback, FallbackError
 from neuron_xtts.graphs.transformer import Decode, Latents, Prefill, Trunk
 from neuron_xtts.graphs.vocoder import Vocoder, receptive_field
-from neuron_xtts.report import GraphCounts, Report, RouteCounts
+from neuron_xtts.report import Counters, Report
 from neuron_xtts.target import check_gpt, check_vocoder
 
 logger = logging.getLogger(__name__)
@@ -63,8 +63,7 @@ class Engine:
         self.plan = buckets or self.backend.default_plan
         self._check_windows()
         self._sources = {name: self._modules(name) for name in graphs}
-        self._routes: dict[str, RouteCounts] = {}
-        self._graphs: dict[str, dict[str, GraphCounts]] = {}
+        self.counters = Counters()
         self._lock = threading.RLock()
         self._serving = False
 
@@ -75,10 +74,12 @@ class Engine:
                 f"{2 * self.halo}, because {self.halo} on either side are halo"
             )
 
-    def _modules(self, graph: str) -> tuple[nn.Module, ...]:
+    def _modules(self, graph: str) -> tuple[Any, ...]:
         """The modules of the model that a graph was made of."""
         if graph == "vocoder":
-            return (self.decoder.waveform_decoder,)
+            generator = self.decoder.waveform_decoder
+            names = ("conv_pre", "cond_layer", "ups", "conds", "resblocks", "conv_post")
+            return (generator, *(getattr(generator, name, None) for name in names))
         gpt = self.gpt
         return (gpt.gpt, gpt.gpt.h, gpt.gpt.ln_f, gpt.final_norm, gpt.mel_head)
 
@@ -110,7 +111,7 @@ class Engine:
             kwargs: of the call.
         """
         if os.environ.get(DISABLE_VARIABLE, "") not in ("", "0"):
-            self._counts(name).fallbacks[f"{DISABLE_VARIABLE} is set"] += 1
+            self.counters.count_fallback(name, f"{DISABLE_VARIABLE} is set")
             return wrapped(*args, **kwargs)
         # One call at a time: coqui-tts keeps the prefix of a generation on the model, and torch's generator is global.
         with self._lock:
@@ -119,53 +120,35 @@ class Engine:
             self._serving = True
             start = time.perf_counter()
             try:
-                return self._serve(name, route, wrapped, args, kwargs)
+                served, result = self._attempt(name, partial(route, *args, **kwargs))
+                return result if served else wrapped(*args, **kwargs)
             finally:
                 self._serving = False
-                self._counts(name).seconds += time.perf_counter() - start
+                self.counters.add_seconds(name, time.perf_counter() - start)
 
-    def _serve(
-        self,
-        name: str,
-        route: Callable[..., Any],
-        wrapped: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def _attempt(self, name: str, call: Callable[[], Any]) -> tuple[bool, Any]:
+        """Whether ``call`` succeeded, and its result; if not, the random state is what it was."""
         random_state = torch.get_rng_state()
         try:
-            result = route(*args, **kwargs)
-            self._counts(name).served += 1
-            return result
+            result = call()
         except Exception as error:
             torch.set_rng_state(random_state)
-            reason = str(error) if isinstance(error, Fallback) else f"{type(error).__name__}: {error}"
-            self._count_fallback(name, reason, error)
+            expected = isinstance(error, Fallback)
+            reason = str(error) if expected else f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+            if self.counters.count_fallback(name, reason):
+                logger.warning("%s falls back to coqui-tts: %s", name, reason, exc_info=not expected)
             if self.strict:
                 raise FallbackError(name, reason) from error
-        # Outside the except clause: an error of coqui-tts's own is not one that happened while handling ours.
-        return wrapped(*args, **kwargs)
-
-    def _count_fallback(self, name: str, reason: str, error: Exception) -> None:
-        fallbacks = self._counts(name).fallbacks
-        fallbacks[reason] += 1
-        if fallbacks[reason] == 1:
-            unexpected = None if isinstance(error, Fallback) else error
-            logger.warning("%s falls back to coqui-tts: %s", name, reason, exc_info=unexpected)
-
-    def _counts(self, name: str) -> RouteCounts:
-        return self._routes.setdefault(name, RouteCounts())
-
-    def count_handed_over(self, name: str) -> None:
-        """Count a call that needed no graph."""
-        self._counts(name).handed_over += 1
+            return False, None
+        self.counters.count_served(name)
+        return True, result
 
     def run(self, graph: str, size: int, used: int, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         """Run a graph on inputs that fill the bucket ``size``, of which ``used`` is not padding."""
         start = time.perf_counter()
         outputs = self.backend.run(graph, *inputs)
         exact = getattr(self.plan, graph) is None
-        self._record(graph, "exact" if exact else str(size), start, used, size)
+        self.counters.count_run(graph, "exact" if exact else str(size), time.perf_counter() - start, used, size)
         return outputs
 
     def step(
@@ -176,30 +159,24 @@ class Engine:
         outputs = state.step(embeds, positions, mask)
         rows, width = mask.shape[0], mask.shape[-1]
         exact = self.plan.decode is None
-        self._record("decode", f"{rows}x{'exact' if exact else width}", start, used, rows * width)
+        bucket = f"{rows}x{'exact' if exact else width}"
+        self.counters.count_run("decode", bucket, time.perf_counter() - start, used, rows * width)
         return outputs
 
-    def _record(self, graph: str, bucket: str, start: float, used: int, padded: int) -> None:
-        counts = self._graphs.setdefault(graph, {}).setdefault(bucket, GraphCounts())
-        counts.runs += 1
-        counts.seconds += time.perf_counter() - start
-        counts.used += used
-        counts.padded += padded
-
-    def report(self, routes: list[str], gone: list[str]) -> Report:
+    def report(self, routes: Iterable[str], gone: list[str]) -> Report:
         """A snapshot of the counters.
 
         Args:
             routes: the routes that were installed, in the order to show.
             gone: those no longer installed.
         """
-        with self._lock:
-            return Report(
-                backend=self.backend.name,
-                precision=self.precision,
-                buckets=self.plan.to_dict(),
-                routes={name: copy.deepcopy(self._counts(name)) for name in routes},
-                graphs=copy.deepcopy(self._graphs),
-                missing=dict(self.missing),
-                gone=gone,
-            )
+        route_counts, graph_counts = self.counters.snapshot(routes)
+        return Report(
+            backend=self.backend.name,
+            precision=self.precision,
+            buckets=self.plan.to_dict(),
+            routes=route_counts,
+            graphs=graph_counts,
+            missing=dict(self.missing),
+            gone=gone,
+        )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import html
+import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -53,6 +55,54 @@ class GraphCounts:
     def waste(self) -> float:
         """The share of the work that went into padding (of a vocoder window, the halo too)."""
         return 1 - self.used / self.padded if self.padded else 0.0
+
+
+class Counters:
+    """The counts of one patched model. Threads may count and read at the same time."""
+
+    def __init__(self) -> None:
+        self._routes: dict[str, RouteCounts] = {}
+        self._graphs: dict[str, dict[str, GraphCounts]] = {}
+        self._lock = threading.Lock()
+
+    def count_served(self, route: str) -> None:
+        """Count a call that graphs served."""
+        with self._lock:
+            self._route(route).served += 1
+
+    def count_handed_over(self, route: str) -> None:
+        """Count a served call as one that needed no graph."""
+        with self._lock:
+            self._route(route).handed_over += 1
+
+    def count_fallback(self, route: str, reason: str) -> bool:
+        """Count a call that coqui-tts serves; true for the first of its reason."""
+        with self._lock:
+            fallbacks = self._route(route).fallbacks
+            fallbacks[reason] += 1
+            return fallbacks[reason] == 1
+
+    def add_seconds(self, route: str, seconds: float) -> None:
+        """Add time to a route."""
+        with self._lock:
+            self._route(route).seconds += seconds
+
+    def count_run(self, graph: str, bucket: str, seconds: float, used: int, padded: int) -> None:
+        """Count a run of a graph; see `GraphCounts`."""
+        with self._lock:
+            counts = self._graphs.setdefault(graph, {}).setdefault(bucket, GraphCounts())
+            counts.runs += 1
+            counts.seconds += seconds
+            counts.used += used
+            counts.padded += padded
+
+    def snapshot(self, routes: Iterable[str]) -> tuple[dict[str, RouteCounts], dict[str, dict[str, GraphCounts]]]:
+        """Copies of the counts of ``routes``, in that order, and of all graphs."""
+        with self._lock:
+            return copy.deepcopy({name: self._route(name) for name in routes}), copy.deepcopy(self._graphs)
+
+    def _route(self, name: str) -> RouteCounts:
+        return self._routes.setdefault(name, RouteCounts())
 
 
 @dataclass

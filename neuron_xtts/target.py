@@ -39,11 +39,12 @@ def find_xtts(model: Any) -> Any:
         TypeError: ``model`` is none of them, or holds a model other than XTTS.
         ModelNotReadyError: it is one of them, but no XTTS that can synthesize is loaded.
     """
+    from TTS.api import TTS
     from TTS.tts.models.xtts import Xtts
     from TTS.utils.synthesizer import Synthesizer
 
     found = model
-    if _is_tts_api(found):
+    if isinstance(found, TTS):
         found = found.synthesizer
         if found is None:
             raise ModelNotReadyError(
@@ -75,17 +76,14 @@ def check_ready(xtts: Any) -> None:
         )
 
 
-def _is_tts_api(model: Any) -> bool:
-    from TTS.api import TTS
-
-    return isinstance(model, TTS)
-
-
 def check_gpt(gpt: Any) -> None:
     """Raise `Fallback` where the GPT's architecture is not the one that the transformer graphs compute."""
     trunk = gpt.gpt
-    if type(trunk).__name__ != "GPT2Model":
-        raise Fallback(f"the GPT trunk is a {type(trunk).__name__}, not a GPT2Model")
+    _check_class(trunk, "GPT2Model")
+    for block in trunk.h:
+        _check_class(block, "GPT2Block")
+        _check_class(block.attn, "GPT2Attention")
+        _check_class(block.mlp, "GPT2MLP")
     config = trunk.config
     expected = {
         "activation_function": "gelu_new",
@@ -104,14 +102,20 @@ def check_gpt(gpt: Any) -> None:
 def check_vocoder(decoder: Any) -> None:
     """Raise `Fallback` where the vocoder's architecture is not the one that the vocoder graph computes."""
     generator = decoder.waveform_decoder
-    if type(generator).__name__ != "HifiganGenerator":
-        raise Fallback(f"the vocoder is a {type(generator).__name__}, not a HifiganGenerator")
+    _check_class(generator, "HifiganGenerator")
+    for block in generator.resblocks:
+        _check_class(block, "ResBlock1", "ResBlock2")
     if hasattr(generator, "lin_pre") or not hasattr(generator, "cond_layer"):
         raise Fallback("a HiFi-GAN without speaker conditioning, or with a linear layer in front")
 
 
+def _check_class(module: nn.Module, *known: str) -> None:
+    if type(module).__name__ not in known:
+        raise Fallback(f"a {type(module).__name__} where a {' or '.join(known)} belongs")
+
+
 def check_state(*modules: nn.Module) -> None:
-    """Raise `Fallback` where torch would not compute in fp32 on the CPU, or would call somebody's hooks.
+    """Raise `Fallback` where torch would not compute in fp32 on the CPU, or would call code of somebody else.
 
     Args:
         modules: those whose ``forward`` the graphs do not call, the first of them with parameters.
@@ -125,3 +129,5 @@ def check_state(*modules: nn.Module) -> None:
         raise Fallback("autocast")
     if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
         raise Fallback("forward hooks")
+    if any("forward" in vars(module) for module in modules):
+        raise Fallback("a forward method that somebody replaced")

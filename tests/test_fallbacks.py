@@ -69,6 +69,32 @@ def hook_vocoder(xtts):
     xtts.hifigan_decoder.waveform_decoder.register_forward_hook(lambda module, inputs, output: output * 0.5)
 
 
+def hook_residual_block(xtts):
+    xtts.hifigan_decoder.waveform_decoder.resblocks[4].register_forward_pre_hook(lambda module, inputs: inputs[0] * 0.5)
+
+
+def replace_forward(xtts):
+    attention = xtts.gpt.gpt.h[1].attn
+    original = attention.forward
+
+    def forward(*args, **kwargs):
+        output, *rest = original(*args, **kwargs)
+        return output * 1.5, *rest
+
+    attention.forward = forward
+
+
+def other_class(module):
+    module.__class__ = type(f"My{type(module).__name__}", (type(module),), {})
+
+
+def replace_conv(xtts):
+    generator = xtts.hifigan_decoder.waveform_decoder
+    generator.conv_post = copy.deepcopy(generator.conv_post)
+    with torch.no_grad():
+        generator.conv_post.weight *= 2
+
+
 def double(xtts):
     xtts.double()
 
@@ -139,15 +165,27 @@ CASES = {
     "training": (train, None, sampled(), "GPT.generate", "training mode"),
     "hooks": (hook_trunk, None, sampled(), "GPT.generate", "forward hooks"),
     "hooks of the vocoder": (hook_vocoder, None, call(vocode), "HifiDecoder.forward", "forward hooks"),
+    "hooks of a residual block": (hook_residual_block, None, call(vocode), "HifiDecoder.forward", "forward hooks"),
+    "forward replaced": (None, replace_forward, sampled(), "GPT.generate", "a forward method that somebody replaced"),
+    "another block": (lambda xtts: other_class(xtts.gpt.gpt.h[1]), None, sampled(), "GPT.generate",
+                      "a MyGPT2Block where a GPT2Block belongs"),
+    "another MLP": (lambda xtts: other_class(xtts.gpt.gpt.h[0].mlp), None, call(latents), "GPT.forward",
+                    "a MyGPT2MLP where a GPT2MLP belongs"),
+    "another residual block": (
+        lambda xtts: other_class(xtts.hifigan_decoder.waveform_decoder.resblocks[0]), None, call(vocode),
+        "HifiDecoder.forward", "a MyResBlock1 where a ResBlock1 or ResBlock2 belongs",
+    ),
+    "a convolution replaced": (None, replace_conv, call(vocode), "HifiDecoder.forward",
+                               "the model's modules were replaced after patch()"),
     "float64": (double, None, lambda xtts, voice: generate(xtts, (voice[0].double(),), do_sample=True),
                 "GPT.generate", "weights of torch.float64"),
     "another device": (to_meta, None, sampled(), "GPT.generate", "weights on meta"),
     "a module replaced": (None, replace_norm, sampled(), "GPT.generate",
                           "the model's modules were replaced after patch()"),
     "another trunk": (replace_trunk_class, None, sampled(), "GPT.generate",
-                      "the GPT trunk is a OtherTrunk, not a GPT2Model"),
+                      "a OtherTrunk where a GPT2Model belongs"),
     "another vocoder": (replace_vocoder_class, None, call(vocode), "HifiDecoder.forward",
-                        "the vocoder is a OtherGenerator, not a HifiganGenerator"),
+                        "a OtherGenerator where a HifiganGenerator belongs"),
     "a linear layer in front": (add_linear_in_front, None, call(vocode, rows=2), "HifiDecoder.forward",
                                 "a HiFi-GAN without speaker conditioning, or with a linear layer in front"),
     # GPT.forward

@@ -124,6 +124,7 @@ def test_stream(xtts, voice):
 
 
 SIZES = {
+    "full width": {"gpt_layers": 3, "gpt_n_model_channels": 1024, "gpt_n_heads": 16, "decoder_input_dim": 1024},
     "one layer": {"gpt_layers": 1, "gpt_n_model_channels": 32, "gpt_n_heads": 1, "decoder_input_dim": 32},
     "three layers": {"gpt_layers": 3, "gpt_n_model_channels": 96, "gpt_n_heads": 4, "decoder_input_dim": 96},
     "xtts v1": {
@@ -138,7 +139,7 @@ SIZES = {
 
 @pytest.mark.parametrize("size", SIZES)
 def test_model_sizes(tmp_path, reference, size):
-    xtts = random_tts(tmp_path, small=True, seed=7, **SIZES[size]).synthesizer.tts_model
+    xtts = random_tts(tmp_path, small=size != "full width", seed=7, **SIZES[size]).synthesizer.tts_model
     voice = xtts.get_conditioning_latents(str(reference))
     stop_after(xtts, None)
     for plan in PLANS.values():
@@ -249,6 +250,15 @@ def test_return_dict(xtts, voice, copies):
     for ours, theirs in zip(our_output.past_key_values.layers, their_output.past_key_values.layers, strict=True):
         torch.testing.assert_close(ours.keys, theirs.keys, rtol=0, atol=1e-5)
         torch.testing.assert_close(ours.values, theirs.values, rtol=0, atol=1e-5)
+
+
+def test_gpt_inference(xtts, voice):
+    """`GPT.inference`, another name of `generate`."""
+    text = torch.randint(1, 60, (1, 9))
+    theirs = xtts.gpt.inference(voice[0], text, max_new_tokens=9)
+    neuron_xtts.patch(xtts, strict=True)
+    assert torch.equal(xtts.gpt.inference(voice[0], text, max_new_tokens=9), theirs)
+    assert neuron_xtts.report(xtts).routes["GPT.generate"].served == 1
 
 
 LAYOUTS = {

@@ -96,9 +96,8 @@ def _rounded(positions: int) -> int:
 def linear(module: Any, x: Tensor) -> Tensor:
     """``module(x)``; for few rows and a GPT-2 ``Conv1D`` the product is split so that every thread streams weights.
 
-    With few rows the product is bound by reading the weight, and MKL reads it slowly: for one row at two thirds of the
-    memory bandwidth, but as one product per thread, each over its share of the input channels, at nine tenths
-    (docs/performance.md).
+    With few rows the product is bound by reading the weight. MKL reads it well below the memory's bandwidth; one
+    product per thread, each over its share of the input channels, comes closer (measured in docs/performance.md).
     """
     rows = x.numel() // x.shape[-1]
     if rows > _SPLIT_ROWS or type(module) is not Conv1D or module._forward_hooks or module._forward_pre_hooks:

@@ -120,7 +120,7 @@ class LatentsRoute:
             raise Fallback("more audio codes than the model has positions")
         latents = self.memo.find(gpt, cond_latents, text, codes)
         if latents is not None:
-            self.engine.count_handed_over(self.name)
+            self.engine.counters.count_handed_over(self.name)
             return latents
         return self._compute(cond_latents, text, codes)
 

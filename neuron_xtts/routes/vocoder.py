@@ -43,7 +43,8 @@ class VocoderRoute:
         """Waveform (B, 1, samples) of ``latents`` (B, N, D)."""
         engine = self.engine
         engine.require("vocoder")
-        check_state(engine.decoder.waveform_decoder)
+        generator = engine.decoder.waveform_decoder
+        check_state(generator, *generator.resblocks)
         if latents.ndim != 3:
             raise Fallback(f"latents of {latents.ndim} dimensions")
         if speaker is None or speaker.ndim != 3 or speaker.shape[0] not in (1, latents.shape[0]):
