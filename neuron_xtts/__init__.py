@@ -4,6 +4,7 @@ from neuron_xtts.api import is_patched, patch, patched, report, unpatch
 from neuron_xtts.buckets import BucketPlan
 from neuron_xtts.errors import (
     FallbackError,
+    FrontendMissingError,
     ModelNotReadyError,
     NeuronXttsError,
     UnsupportedVersionError,
@@ -14,6 +15,7 @@ from neuron_xtts.version import __version__
 __all__ = [
     "BucketPlan",
     "FallbackError",
+    "FrontendMissingError",
     "ModelNotReadyError",
     "NeuronXttsError",
     "Report",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from neuron_xtts.errors import NeuronXttsError
@@ -46,6 +48,18 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--codes", type=_positive, default=100, help="with random weights (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="(default: %(default)s)")
+
+    graphs = commands.add_parser(
+        "graphs",
+        help="show what the XLA frontend makes of the graphs",
+        description="Lower every graph of the static bucket plan with the installed XLA frontend (torch-xla, or "
+        "torch-neuronx's) and show its size and whatever stands against compiling it. Exits with 1 if anything does.",
+    )
+    graphs.set_defaults(run=_graphs)
+    graphs.add_argument("--lower", action="store_true", required=True, help="lower the graphs")
+    graphs.add_argument("--checkpoint", type=Path, metavar="DIR", help="a real XTTS v2 checkpoint")
+    graphs.add_argument("--small", action="store_true", help="the small model of the demo")
+    graphs.add_argument("--json", action="store_true", help="a list of objects instead of a table")
     return parser
 
 
@@ -75,6 +89,38 @@ def _demo(arguments: argparse.Namespace) -> int:
         )
     )
     return 0
+
+
+def _graphs(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from neuron_xtts import demo
+    from neuron_xtts.buckets import BucketPlan
+    from neuron_xtts.engine import make_graphs
+    from neuron_xtts.lowering import lower_all
+    from neuron_xtts.report import table
+
+    xtts = demo.load_or_make(arguments.checkpoint, arguments.small).synthesizer.tts_model
+    graphs, missing = make_graphs(xtts.gpt, xtts.hifigan_decoder)
+    lowered = list(tqdm(lower_all(graphs, BucketPlan.static()), desc="lowering", unit="graph"))
+    if arguments.json:
+        print(json.dumps([asdict(lowering) for lowering in lowered], indent=2))
+    else:
+        rows = [
+            (
+                lowering.graph,
+                lowering.bucket,
+                str(sum(lowering.operators.values())),
+                f"{lowering.flops / 1e9:.2f}",
+                f"{lowering.bytes / 1e6:.1f}",
+                "; ".join([*lowering.unlowered, *lowering.disconnected, *lowering.rejected]) or "none",
+            )
+            for lowering in lowered
+        ]
+        print(table(("graph", "bucket", "operators", "GFLOP", "MB", "unlowered, disconnected or rejected"), rows))
+    for graph, reason in missing.items():
+        print(f"no {graph} graph: {reason}", file=sys.stderr)
+    return 0 if lowered and not missing and all(lowering.clean for lowering in lowered) else 1
 
 
 if __name__ == "__main__":

@@ -261,7 +261,7 @@ def run(
         a side-by-side table and the report.
     """
     out.mkdir(parents=True, exist_ok=True)
-    tts = _load(checkpoint, small)
+    tts = load_or_make(checkpoint, small)
     if speaker_wav is None:
         speaker_wav = out / "reference.wav"
         write_reference(speaker_wav)
@@ -288,7 +288,8 @@ def run(
     return f"{comparison(plain, patched)}\n\nwritten: {files}\n\n{report}"
 
 
-def _load(checkpoint: Path | None, small: bool) -> Any:
+def load_or_make(checkpoint: Path | None, small: bool) -> Any:
+    """A ``TTS.api.TTS`` with the weights in ``checkpoint``, or with random ones."""
     if checkpoint is not None:
         missing = [name for name in ("config.json", "vocab.json", "model.pth") if not (checkpoint / name).is_file()]
         if missing:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from neuron_xtts.backends import Backend, DecodeState
 from neuron_xtts.backends.cpu import CpuBackend
@@ -43,22 +43,9 @@ class Engine:
         self.decoder = decoder
         self.precision = precision
         self.strict = strict
-        self.missing: dict[str, str] = {}
-        graphs: dict[str, nn.Module] = {}
-        try:
-            check_gpt(gpt)
-            trunk = Trunk(gpt.gpt, gpt.final_norm, gpt.heads)
-            graphs["prefill"] = Prefill(trunk, gpt.mel_head)
-            graphs["decode"] = Decode(trunk, gpt.mel_head)
-            graphs["latents"] = Latents(trunk)
-        except Fallback as fallback:
-            self.missing |= dict.fromkeys(("prefill", "decode", "latents"), str(fallback))
-        try:
-            check_vocoder(decoder)
-            graphs["vocoder"] = vocoder = Vocoder(decoder.waveform_decoder)
-            self.halo = max(receptive_field(vocoder))
-        except Fallback as fallback:
-            self.missing["vocoder"] = str(fallback)
+        graphs, self.missing = make_graphs(gpt, decoder)
+        if "vocoder" in graphs:
+            self.halo = max(receptive_field(graphs["vocoder"]))
         self.backend: Backend = CpuBackend(graphs)
         self.plan = buckets or self.backend.default_plan
         self._check_windows()
@@ -180,3 +167,28 @@ class Engine:
             missing=dict(self.missing),
             gone=gone,
         )
+
+
+def make_graphs(gpt: Any, decoder: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """The graphs of a model over its own modules, and, for those that cannot be had, the reason.
+
+    Args:
+        gpt: coqui-tts's ``GPT``.
+        decoder: coqui-tts's ``HifiDecoder``.
+    """
+    graphs: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    try:
+        check_gpt(gpt)
+        trunk = Trunk(gpt.gpt, gpt.final_norm, gpt.heads)
+        graphs["prefill"] = Prefill(trunk, gpt.mel_head)
+        graphs["decode"] = Decode(trunk, gpt.mel_head)
+        graphs["latents"] = Latents(trunk)
+    except Fallback as fallback:
+        missing |= dict.fromkeys(("prefill", "decode", "latents"), str(fallback))
+    try:
+        check_vocoder(decoder)
+        graphs["vocoder"] = Vocoder(decoder.waveform_decoder)
+    except Fallback as fallback:
+        missing["vocoder"] = str(fallback)
+    return graphs, missing

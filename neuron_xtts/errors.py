@@ -13,6 +13,10 @@ class ModelNotReadyError(NeuronXttsError, ValueError):
     """The object is of a known type, but holds no XTTS model that can synthesize."""
 
 
+class FrontendMissingError(NeuronXttsError, ImportError):
+    """No XLA frontend is installed to lower graphs with."""
+
+
 class FallbackError(NeuronXttsError, RuntimeError):
     """Raised with ``strict=True`` where a route would have fallen back to coqui-tts.
 

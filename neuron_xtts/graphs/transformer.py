@@ -79,6 +79,8 @@ def causal_mask(length: int, like: Tensor) -> Tensor:
 class Prefill(nn.Module):
     """All positions of the prefix at once: the first logits, and keys and values for the cache."""
 
+    head: Any
+
     def __init__(self, trunk: Trunk, head: nn.Module) -> None:
         super().__init__()
         self.trunk = trunk
@@ -106,9 +108,16 @@ class Prefill(nn.Module):
         latents = self.trunk.latents(x.gather(1, index))[:, 0]
         return latents, self.head(latents), *keys, *values
 
+    def example(self, length: int) -> dict[str, Tensor]:
+        """Inputs by name for ``length`` positions, the last of them padding."""
+        last = torch.tensor([max(length - 2, 0)], dtype=torch.int32)
+        return {"embeds": torch.randn(1, length, self.head.in_features), "last": last}
+
 
 class Decode(nn.Module):
     """One audio code per row, each row at a position of its own."""
+
+    head: Any
 
     def __init__(self, trunk: Trunk, head: nn.Module) -> None:
         super().__init__()
@@ -139,6 +148,35 @@ class Decode(nn.Module):
         return latents, self.head(latents)
 
 
+class StatefulDecode(nn.Module):
+    """`Decode` in the form that tracers want: the cache as parameters, its new contents among the outputs.
+
+    Args:
+        decode: the graph.
+        slots: rows, B.
+        positions: slots of the cache per row, S.
+    """
+
+    def __init__(self, decode: Decode, slots: int, positions: int) -> None:
+        super().__init__()
+        self.decode = decode
+        trunk = decode.trunk
+        shape = (slots, trunk.heads, positions, decode.head.in_features // trunk.heads)
+        states = (nn.Parameter(torch.zeros(shape), requires_grad=False) for _ in range(2 * len(trunk.h)))
+        self.states = nn.ParameterList(states)
+
+    def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        """As `Decode.forward`: latents, logits, then the cache."""
+        cache = [state.clone() for state in self.states]
+        return (*self.decode(embeds, positions, mask, *cache), *cache)
+
+    def example(self, slots: int, positions: int) -> dict[str, Tensor]:
+        """Inputs by name, the rows at different positions."""
+        at = torch.arange(slots, dtype=torch.int32) % positions
+        mask = torch.where(torch.arange(positions) <= at[:, None], 0.0, MASKED)[:, None, None]
+        return {"embeds": torch.randn(slots, 1, self.decode.head.in_features), "positions": at, "mask": mask}
+
+
 class Latents(nn.Module):
     """A whole sequence at once: the latents of every position."""
 
@@ -154,3 +192,7 @@ class Latents(nn.Module):
             q, k, v = self.trunk.qkv(block, x)
             x = self.trunk.rest(block, x, attention(q, k, v, mask))
         return (self.trunk.latents(x),)
+
+    def example(self, length: int) -> dict[str, Tensor]:
+        """Inputs by name for ``length`` positions."""
+        return {"embeds": torch.randn(1, length, self.trunk.final_norm.weight.shape[0])}

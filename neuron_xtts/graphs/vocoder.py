@@ -5,11 +5,14 @@ Shapes: B rows, C channels, T frames in a window, G speaker channels, hop sample
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 LRELU_SLOPE = 0.1  # a fact of the checkpoint, as in the HiFi-GAN paper's code
 FINAL_LRELU_SLOPE = 0.01  # torch's default, which HiFi-GAN uses before its last convolution
@@ -71,6 +74,35 @@ class Vocoder(nn.Module):
             x = total / self.kernels
         x = self.conv_post(masked(F.leaky_relu(x, FINAL_LRELU_SLOPE), mask))
         return (x.tanh(),)
+
+    def example(self, frames: int) -> dict[str, Tensor]:
+        """Inputs by name for a window of ``frames``, the last of them padding."""
+        mask = torch.ones(1, 1, frames)
+        mask[:, :, -1] = 0
+        return {
+            "frames": torch.randn(1, self.conv_pre.in_channels, frames),
+            "speaker": torch.randn(1, self.cond_layer.in_channels, 1),
+            "mask": mask,
+        }
+
+
+def fold_weight_norm(vocoder: Vocoder) -> Vocoder:
+    """A copy with plain convolutions where the model's are parametrized by weight norm, which does not lower.
+
+    Not ``remove_parametrizations`` on a deepcopy: it deletes from the class that the copy shares with the original.
+    """
+    folded = copy.deepcopy(vocoder)
+    for path, conv in list(folded.named_modules()):
+        if not is_parametrized(conv, "weight"):
+            continue
+        parent, _, name = path.rpartition(".")
+        kind = nn.ConvTranspose1d if isinstance(conv, nn.ConvTranspose1d) else nn.Conv1d
+        sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
+        plain = kind(*sizes, dilation=conv.dilation, bias=conv.bias is not None)
+        plain.weight = nn.Parameter(conv.weight.detach().clone(), requires_grad=False)
+        plain.bias = conv.bias
+        setattr(folded.get_submodule(parent), name, plain)
+    return folded
 
 
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:

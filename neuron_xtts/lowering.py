@@ -1,0 +1,233 @@
+"""What the XLA frontend makes of a graph: unlowered operators, disconnected inputs, patterns that neuronx-cc rejects.
+
+``torch_neuronx.trace`` is built on this frontend. An operator without a lowering runs on the host while tracing, and
+what it computes becomes a constant of the program. The reverse does not hold: the compiler may reject what lowers.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuron_xtts.buckets import BucketPlan
+from neuron_xtts.errors import FrontendMissingError
+from neuron_xtts.graphs.transformer import Decode, StatefulDecode
+from neuron_xtts.graphs.vocoder import Vocoder, fold_weight_norm
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """A graph as the frontend lowers it.
+
+    Attributes:
+        graph: its name.
+        bucket: its sizes.
+        operators: HLO operators, with their number.
+        flops: multiplications and additions of matrix products and convolutions.
+        bytes: of everything that goes in and comes out, weights and state included: what memory must at least move.
+        unlowered: ``aten`` operators that the frontend ran on the host instead.
+        disconnected: inputs and states that the program does not depend on.
+        rejected: patterns that neuronx-cc is documented to reject or to compute wrongly.
+    """
+
+    graph: str
+    bucket: str
+    operators: dict[str, int]
+    flops: int
+    bytes: int
+    unlowered: list[str]
+    disconnected: list[str]
+    rejected: list[str]
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing stands against compiling it."""
+        return not (self.unlowered or self.disconnected or self.rejected)
+
+
+def lower(name: str, bucket: str, graph: nn.Module, inputs: Mapping[str, Tensor]) -> Lowering:
+    """Lower one graph.
+
+    Args:
+        name: of the graph.
+        bucket: its sizes, for the result.
+        graph: on the XLA device; its parameters called ``states.*`` are its state.
+        inputs: its positional inputs by name, on the host.
+
+    Raises:
+        FrontendMissingError: no XLA frontend is installed.
+    """
+    torch_xla = frontend()
+    from torch_xla.core import xla_builder
+    from torch_xla.debug import metrics
+
+    device = torch_xla.device()
+    moved = {key: tensor.to(device) for key, tensor in inputs.items()}
+    torch_xla.sync()
+    metrics.clear_all()
+    with torch.no_grad():
+        outputs = graph(*moved.values())
+    context = torch_xla._XLAC.lowering.LoweringContext()
+    context.build(list(outputs))
+    unlowered = sorted(counter for counter in metrics.counter_names() if counter.startswith("aten::"))
+    computation = xla_builder.computation_from_module_proto(name, context.hlo())
+    program = Program(torch_xla._XLAC._xla_computation_text(computation))
+    states = {key: tensor for key, tensor in graph.named_parameters() if key.startswith("states.")}
+    disconnected = [key for key, tensor in {**moved, **states}.items() if context.tensor_parameter_id(tensor) < 0]
+    rejected = program.rejected()
+    scalars = [tensor for tensor in context.parameter_id_tensor_mapping().values() if tensor.numel() == 1]
+    if any(torch.isinf(scalar.cpu().double()).any() for scalar in scalars):
+        rejected.append("infinity as an operand")
+    return Lowering(
+        name, bucket, dict(program.operators()), program.flops(), program.bytes(), unlowered, disconnected, rejected
+    )
+
+
+def lower_all(graphs: Mapping[str, Any], plan: BucketPlan) -> Iterator[Lowering]:
+    """Lower every graph in every bucket of ``plan``; see `on_device`."""
+    for name, bucket, graph, inputs in on_device(graphs, plan):
+        yield lower(name, bucket, graph, inputs)
+
+
+def on_device(graphs: Mapping[str, Any], plan: BucketPlan) -> Iterator[tuple[str, str, nn.Module, dict[str, Tensor]]]:
+    """Graphs in the form that is compiled, on the XLA device, one for each bucket of ``plan``.
+
+    Args:
+        graphs: by name, as the engine makes them. They stay as they are.
+        plan: its fields that are None have no buckets and are left out.
+
+    Yields:
+        name, bucket, graph and example inputs on the host.
+    """
+    device = frontend().device()
+    # One copy for all: prefill, decode and latents share the trunk, which is most of the model.
+    for name, graph in copy.deepcopy(dict(graphs)).items():
+        graph = fold_weight_norm(graph) if isinstance(graph, Vocoder) else graph
+        sizes = [plan.slots or ()] if isinstance(graph, Decode) else []
+        for bucket in product(*sizes, getattr(plan, name) or ()):
+            module = StatefulDecode(graph, *bucket) if isinstance(graph, Decode) else graph
+            yield name, "x".join(map(str, bucket)), module.to(device), module.example(*bucket)
+
+
+def frontend() -> Any:
+    """The module ``torch_xla``: stock, or the one that torch-neuronx brings.
+
+    Raises:
+        FrontendMissingError: it is not installed.
+    """
+    try:
+        import torch_xla
+    except ImportError as error:
+        version = torch.__version__.partition("+")[0]
+        raise FrontendMissingError(
+            f"Graphs are lowered with torch-xla, which cannot be imported ({error}). On a Neuron instance "
+            f"torch-neuronx brings it; elsewhere: pip install torch-xla=={version}"
+        ) from error
+    return torch_xla
+
+
+class Program:
+    """The text of an HLO module, read line by line."""
+
+    _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][a-z0-9\-]*)\((.*)$")
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.types: dict[str, str] = {}
+        self.opcodes: dict[str, str] = {}
+        self.rest: dict[str, str] = {}
+        self._entry: list[str] = []
+        entry = False
+        for line in text.splitlines():
+            entry = line.startswith("ENTRY") or (entry and line != "}")
+            if match := self._INSTRUCTION.match(line):
+                _, name, self.types[match[2]], self.opcodes[match[2]], self.rest[match[2]] = match.groups()
+                if entry:
+                    self._entry.append(name)
+
+    def operators(self) -> Counter[str]:
+        """Operators of the entry computation, with their number."""
+        return Counter(self.opcodes[name] for name in self._entry)
+
+    def flops(self) -> int:
+        """Two for every multiply-add of dots and convolutions; zeros between dilated inputs are not counted."""
+        return sum(self._flops(name) for name in self._entry)
+
+    def _flops(self, name: str) -> int:
+        if self.opcodes[name] not in ("dot", "convolution"):
+            return 0
+        output, (left, right) = _elements(self.types[name]), self._operands(name)[:2]
+        if self.opcodes[name] == "dot":
+            contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", self.rest[name])
+            shape = _shape(self.types[left])
+            return 2 * output * math.prod(shape[int(i)] for i in contracted[1].split(",") if i) if contracted else 0
+        features = re.search(r"dim_labels=\w+_(\w+)->", self.rest[name])
+        kernel = _shape(self.types[right])
+        per_output = math.prod(kernel) // kernel[features[1].index("o")] if features else 0
+        return 2 * output * per_output // math.prod(self._window(name, "lhs_dilate"))
+
+    def bytes(self) -> int:
+        """Of the entry computation's parameters and results."""
+        ends = [name for name in self._entry if self.opcodes[name] == "parameter"] + self._entry[-1:]
+        return sum(_bytes(self.types[name]) for name in ends)
+
+    def rejected(self) -> list[str]:
+        """What neuronx-cc is documented to reject, or to turn into NaN, one line a finding."""
+        found = []
+        if re.search(r"\bc(64|128)\[", self.text):
+            found.append("complex numbers (NCC_EVRF004)")
+        if re.search(r"\[[^\]]*<=", self.text):
+            found.append("dynamic shapes (NCC_EMOD025)")
+        for name, opcode in self.opcodes.items():
+            operands = self._operands(name)
+            if opcode == "sort":
+                found.append(f"sort: {name}")
+            if opcode == "dynamic-update-slice" and any(
+                self.opcodes.get(index) != "constant" for index in operands[2:]
+            ):
+                found.append(f"dynamic-update-slice at an index that is not constant: {name}")
+            if opcode == "convolution":
+                dilated_input = any(size > 1 for size in self._window(name, "lhs_dilate"))
+                if dilated_input and any(size > 1 for size in self._window(name, "rhs_dilate")):
+                    found.append(f"convolution with dilated input and kernel (NCC_EVRF010): {name}")
+                if dilated_input and any(size > 1 for size in self._window(name, "stride")):
+                    found.append(f"strided convolution with dilated input (NCC_EVRF011): {name}")
+            # The start of a maximum is minus infinity, and stays inside the reduction.
+            if opcode not in ("reduce", "reduce-window") and any(
+                self.opcodes.get(operand) == "constant" and "inf" in self.rest[operand] for operand in operands
+            ):
+                found.append(f"infinity as an operand: {name}")
+        return found
+
+    def _operands(self, name: str) -> list[str]:
+        arguments = self.rest[name].partition("), ")[0]
+        return re.findall(r"%([\w.\-]+)", arguments)
+
+    def _window(self, name: str, key: str) -> list[int]:
+        found = re.search(rf"window=\{{[^}}]*\b{key}=([\dx]+)", self.rest[name])
+        return [int(size) for size in found[1].split("x")] if found else [1]
+
+
+def _shape(type_: str) -> list[int]:
+    return [int(size) for size in type_.partition("[")[2].partition("]")[0].split(",") if size]
+
+
+def _elements(type_: str) -> int:
+    return math.prod(_shape(type_))
+
+
+def _bytes(type_: str) -> int:
+    """Of a type such as ``f32[4,8]{1,0}`` or a tuple of them; ``pred`` takes a byte, the others say their bits."""
+    return sum(
+        int(bits or 8) // 8 * math.prod(int(size) for size in shape.split(",") if size)
+        for bits, shape in re.findall(r"\b[a-z]+(\d*)[a-z\d]*\[([\d,]*)\]", type_)
+    )

@@ -1,0 +1,216 @@
+"""The graphs on the real XLA frontend, and graphs that it must refuse."""
+
+import copy
+import json
+import math
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from neuron_xtts import BucketPlan, FrontendMissingError
+from neuron_xtts.cli import main
+from neuron_xtts.engine import make_graphs
+from neuron_xtts.graphs.transformer import StatefulDecode
+from neuron_xtts.graphs.vocoder import Vocoder, fold_weight_norm
+from neuron_xtts.lowering import Program, lower, lower_all, on_device
+
+torch_xla = pytest.importorskip("torch_xla")
+
+PLAN = BucketPlan(prefill=(40,), decode=(48,), slots=(1, 3), latents=(50,), vocoder=(32,))
+
+
+@pytest.fixture(scope="module")
+def graphs(tts_original):
+    xtts = tts_original.synthesizer.tts_model
+    graphs, missing = make_graphs(xtts.gpt, xtts.hifigan_decoder)
+    assert not missing
+    return graphs
+
+
+def test_every_graph_lowers(graphs):
+    lowered = {(lowering.graph, lowering.bucket): lowering for lowering in lower_all(graphs, PLAN)}
+    assert set(lowered) == {
+        ("prefill", "40"), ("decode", "1x48"), ("decode", "3x48"), ("latents", "50"), ("vocoder", "32"),
+    }  # fmt: skip
+    for lowering in lowered.values():
+        assert lowering.clean, lowering
+        assert lowering.operators["parameter"] > 3
+    assert lowered["decode", "1x48"].operators["scatter"] == 4  # keys and values of two blocks
+    assert lowered["vocoder", "32"].operators["convolution"] == 83
+
+
+@torch.no_grad()
+def test_what_was_lowered_computes_the_same(graphs):
+    """Each graph on XLA's CPU device against the same graph on the host, state included."""
+    for name, _, module, inputs in on_device(graphs, PLAN):
+        host = graphs[name]
+        if isinstance(module, StatefulDecode):
+            host = StatefulDecode(host, *module.states[0].shape[0:3:2])
+            for ours, theirs in zip(host.states, module.states, strict=True):
+                ours.normal_()
+                theirs.copy_(ours)
+        expected = host(*inputs.values())
+        outputs = module(*(tensor.to(torch_xla.device()) for tensor in inputs.values()))
+        assert len(outputs) == len(expected)
+        for ours, theirs in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_folding_leaves_the_model_alone(tts_original):
+    decoder = tts_original.synthesizer.tts_model.hifigan_decoder
+    latents, speaker = torch.randn(1, 5, 64), torch.randn(1, 512, 1)
+    before, names = decoder(latents, g=speaker), list(decoder.state_dict())
+    vocoder = Vocoder(decoder.waveform_decoder)
+    folded = fold_weight_norm(vocoder)
+    frames = torch.randn(1, 64, 9)
+    torch.testing.assert_close(folded(frames, speaker), vocoder(frames, speaker), rtol=0, atol=1e-6)
+    assert not any("parametrizations" in name for name in folded.state_dict())
+    assert list(decoder.state_dict()) == names
+    assert torch.equal(decoder(latents, g=speaker), before)
+
+
+def test_flops_and_bytes(graphs):
+    """Against counting by hand: the products of the trunk, and everything that goes in and out."""
+    (lowering,) = lower_all({"latents": graphs["latents"]}, BucketPlan(latents=(50,)))
+    length, channels, blocks = 50, 64, 2
+    products = 2 * length * 12 * channels**2 + 2 * 2 * length**2 * channels  # linear layers; scores and their use
+    assert lowering.flops == blocks * products
+    weights = sum(parameter.numel() for parameter in graphs["latents"].parameters())
+    ends = weights + 2 * length * channels
+    assert lowering.bytes == pytest.approx(4 * ends, rel=0.01)  # and a few scalars
+
+    conv = nn.ConvTranspose1d(6, 4, 16, stride=8, padding=4)
+    lowering = lower_one(conv, torch.randn(1, 6, 10))
+    assert lowering.flops == 2 * 80 * 4 * 6 * 16 // 8  # of 16 taps every eighth meets an input
+
+
+class Module(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return (self.function(*inputs),)
+
+
+def lower_one(function, *inputs):
+    module = Module(function).to(torch_xla.device())
+    return lower("bad", "1", module, {f"input {i}": tensor for i, tensor in enumerate(inputs)})
+
+
+X = torch.randn(1, 4, 16)
+NORMED = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3))
+
+UNLOWERED = {
+    "linear interpolation": (lambda x: F.interpolate(x, scale_factor=2.0, mode="linear"), "aten::upsample_linear1d"),
+    "weight norm": (NORMED, "aten::_weight_norm_interface"),
+    "spectrum": (lambda x: torch.fft.rfft(x).real, "aten::_fft_r2c"),
+}
+
+
+@pytest.mark.parametrize("name", UNLOWERED)
+def test_unlowered_operators(name):
+    function, operator = UNLOWERED[name]
+    lowering = lower_one(function, X)
+    assert operator in lowering.unlowered
+    assert not lowering.clean
+
+
+def test_disconnected_inputs():
+    """One that is not used, and one that an unlowered operator cuts off."""
+    lowering = lower_one(lambda x, y: x * 2, X, X)
+    assert lowering.disconnected == ["input 1"]
+    assert not lowering.clean
+    lowering = lower_one(lambda x, y: F.interpolate(x, scale_factor=1.0, mode="linear") + y, X, X)
+    assert lowering.disconnected == ["input 0"]
+
+
+def test_disconnected_state(graphs):
+    class Forgetful(StatefulDecode):
+        def forward(self, *inputs):
+            return self.decode(*inputs, *(torch.zeros_like(state) for state in self.states))
+
+    module = copy.deepcopy(Forgetful(graphs["decode"], 1, 48)).to(torch_xla.device())
+    lowering = lower("decode", "1x48", module, module.example(1, 48))
+    assert lowering.disconnected == [f"states.{i}" for i in range(4)]
+
+
+REJECTED = {
+    "sort": (lambda x: x.sort().values, "sort: "),
+    "infinite mask": (lambda x: x.masked_fill(x > 0, -math.inf), "infinity as an operand"),
+    "infinite constant": (lambda x: x + torch.full_like(x, math.inf), "infinity as an operand"),
+    "dilated transposed convolution": (
+        nn.ConvTranspose1d(4, 4, 4, stride=2, dilation=3),
+        "convolution with dilated input and kernel (NCC_EVRF010)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REJECTED)
+def test_rejected_patterns(name):
+    function, finding = REJECTED[name]
+    lowering = lower_one(function, X)
+    assert any(found.startswith(finding) for found in lowering.rejected), lowering
+    assert not lowering.clean
+
+
+def test_a_maximum_is_not_an_infinite_mask():
+    assert lower_one(lambda x: torch.softmax(x, -1), X).clean
+
+
+HLO = """
+ENTRY %main (p0: f32[4,8], p1: f32[1,8], p2: s32[]) -> f32[4,8] {
+  %p0 = f32[4,8]{1,0} parameter(0)
+  %p1 = f32[1,8]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %update = INSTRUCTION
+}
+"""
+# What no operator of torch makes here, but the compiler documents.
+BY_HAND = {
+    "dynamic-update-slice at an index that is not constant": (
+        "f32[4,8]{1,0} dynamic-update-slice(f32[4,8]{1,0} %p0, f32[1,8]{1,0} %p1, s32[] %p2, s32[] %zero)"
+    ),
+    "complex numbers": "c64[4,8]{1,0} complex(f32[4,8]{1,0} %p0, f32[4,8]{1,0} %p0)",
+    "dynamic shapes": "f32[<=4,8]{1,0} set-dimension-size(f32[4,8]{1,0} %p0, s32[] %p2), dimensions={0}",
+    "strided convolution with dilated input": (
+        "f32[4,8]{1,0} convolution(f32[4,8]{1,0} %p0, f32[1,8]{1,0} %p1), "
+        "window={size=1x3 stride=1x2 lhs_dilate=1x2}, dim_labels=bf_oi->bf"
+    ),
+}
+
+
+@pytest.mark.parametrize("finding", BY_HAND)
+def test_rejected_patterns_by_hand(finding):
+    assert [
+        found.startswith(finding) for found in Program(HLO.replace("INSTRUCTION", BY_HAND[finding])).rejected()
+    ] == [True]
+
+
+def test_dynamic_update_slice_at_a_constant():
+    line = "f32[4,8]{1,0} dynamic-update-slice(f32[4,8]{1,0} %p0, f32[1,8]{1,0} %p1, s32[] %zero, s32[] %zero)"
+    assert Program(HLO.replace("INSTRUCTION", line)).rejected() == []
+
+
+def test_command(capsys):
+    assert main(["graphs", "--lower", "--small", "--json"]) == 0
+    lowered = json.loads(capsys.readouterr().out)
+    assert {entry["graph"] for entry in lowered} == {"prefill", "decode", "latents", "vocoder"}
+    assert all(entry["unlowered"] == entry["disconnected"] == entry["rejected"] == [] for entry in lowered)
+    assert main(["graphs", "--lower", "--small"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(lowered) + 2
+    assert all(line.rstrip().endswith("none") for line in lines[2:])
+
+
+def test_no_frontend(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch_xla", None)
+    with pytest.raises(FrontendMissingError, match=r"pip install torch-xla==\d"):
+        list(lower_all({}, PLAN))
+    assert main(["graphs", "--lower", "--small"]) == 1
+    assert "pip install torch-xla" in capsys.readouterr().err
