@@ -9,12 +9,13 @@ demo: .venv/ready
 demo-small: .venv/ready
 	.venv/bin/neuron-xtts demo --small
 
-test: .venv/ready .venv-next/ready
+test: .venv/ready .venv-next/ready .venv-oldest/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/python -m pytest
 	.venv-next/bin/python -m pytest
+	.venv-oldest/bin/python -m pytest tests/test_api.py tests/test_fallbacks.py tests/test_parity.py
 
 bench: .venv/ready
 	.venv/bin/python bench/sentence.py
@@ -23,9 +24,9 @@ bench: .venv/ready
 .venv/ready: pyproject.toml constraints/neuron.txt scripts/setup.sh
 	PYTHON=$(PYTHON) sh scripts/setup.sh .venv
 
-# The newest supported coqui-tts with transformers 5, on the torch of the first environment.
-.venv-next/ready: .venv/ready constraints/next.txt
-	PYTHON=$(PYTHON) sh scripts/setup.sh .venv-next
+# The newest supported coqui-tts with transformers 5, and the oldest, on the torch of the first environment.
+.venv-%/ready: .venv/ready constraints/%.txt
+	PYTHON=$(PYTHON) sh scripts/setup.sh .venv-$*
 
 clean:
-	rm -rf .venv .venv-next demo
+	rm -rf .venv .venv-next .venv-oldest demo

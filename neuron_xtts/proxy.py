@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 _ABSENT = object()
 
 
-class RouteProxy(wrapt.FunctionWrapper[..., Any]):
+class RouteProxy(wrapt.FunctionWrapper):  # type: ignore[type-arg]  # not subscriptable before wrapt 2.1
     """Stands for a bound method of one module and hands its calls to a route.
 
     It lives in the instance's ``__dict__``, so the class and every other instance stay as they are. A copy or a

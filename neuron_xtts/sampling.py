@@ -23,6 +23,7 @@ _NEUTRAL: dict[str, Any] = {
     "output_hidden_states": False,
     "output_scores": False,
     "output_logits": False,
+    "do_stream": False,  # of coqui-tts's own stream generator, up to 0.27.3
 }
 _IGNORED = {"length_penalty"}
 

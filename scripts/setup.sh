@@ -1,5 +1,5 @@
 #!/bin/sh
-# Create or refresh a virtual environment of this repository: .venv or .venv-next.
+# Create or refresh a virtual environment of this repository: .venv, or .venv-NAME with constraints/NAME.txt on top.
 set -eu
 cd "$(dirname "$0")/.."
 environment=$1
@@ -27,13 +27,14 @@ case $environment in
     echo "Installing torch, coqui-tts and the rest into $environment (about three minutes and 8 GB)"
     $pip --constraint constraints/neuron.txt --editable ".[host,test]"
     ;;
-.venv-next)
-    echo "Installing coqui-tts 0.28 and transformers 5 into $environment, on top of .venv"
+.venv-*)
+    versions=constraints/${environment#.venv-}.txt
+    echo "Installing $versions into $environment, on top of .venv"
     # A site directory of another environment: what is not installed here comes from there.
     here=$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     there=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     echo "import site; site.addsitedir('$there')" >"$here/base.pth"
-    $pip --requirement constraints/next.txt
+    $pip --requirement "$versions"
     ;;
 esac
 touch "$environment/ready"
