@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import deque
 from typing import Any
 
 import torch
@@ -25,25 +25,18 @@ class LatentsMemo:
     """The latents of the latest generations, found by everything they depend on."""
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[int, tuple[Any, tuple[Tensor, ...], Tensor]] = OrderedDict()
-        self._count = 0
+        self._entries: deque[tuple[Any, tuple[Tensor, ...], Tensor]] = deque(maxlen=_REMEMBERED)
 
     def store(self, gpt: Any, cond_latents: Tensor, text_inputs: Tensor, codes: Tensor, latents: Tensor) -> None:
         """Remember ``latents`` (B, N, D). The inputs are copied: callers may write into theirs."""
         inputs = (cond_latents.clone(), text_inputs.clone(), codes.clone())
-        self._count += 1
-        self._entries[self._count] = (weights_stamp(gpt), inputs, latents)
-        if len(self._entries) > _REMEMBERED:
-            self._entries.popitem(last=False)
+        self._entries.append((weights_stamp(gpt), inputs, latents))
 
     def find(self, gpt: Any, *inputs: Tensor) -> Tensor | None:
         """The latents for conditioning latents, text and codes; None if they were not among the latest."""
-        stamp = None
-        for then, known, latents in reversed(self._entries.values()):
+        for stamp, known, latents in reversed(self._entries):
             if all(a.shape == b.shape and torch.equal(a, b.to(a.dtype)) for a, b in zip(inputs, known, strict=True)):
-                stamp = stamp or weights_stamp(gpt)
-                if stamp == then:
-                    return latents.clone()
+                return latents.clone() if stamp == weights_stamp(gpt) else None
         return None
 
 
