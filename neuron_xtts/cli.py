@@ -32,16 +32,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--checkpoint", type=Path, metavar="DIR", help="a real XTTS v2 checkpoint")
+    model.add_argument("--small", action="store_true", help="a small model, for a quick look")
 
     demo = commands.add_parser(
         "demo",
+        parents=[model],
         help="speak one sentence with plain coqui-tts and patched, and compare",
         description="Speak one sentence with plain coqui-tts and patched, with the same seed; compare time and audio. "
         "Without --checkpoint the weights are random: the time is real, the audio is noise.",
     )
     demo.set_defaults(run=_demo)
-    demo.add_argument("--checkpoint", type=Path, metavar="DIR", help="a real XTTS v2 checkpoint")
-    demo.add_argument("--small", action="store_true", help="a small model, for a quick look")
     demo.add_argument("--speaker-wav", type=Path, metavar="FILE", help="the voice to clone (default: a tone it makes)")
     demo.add_argument("--text", help="the sentence")
     demo.add_argument("--language", default="en", help="of the sentence (default: %(default)s)")
@@ -51,14 +53,13 @@ def _parser() -> argparse.ArgumentParser:
 
     graphs = commands.add_parser(
         "graphs",
+        parents=[model],
         help="show what the XLA frontend makes of the graphs",
         description="Lower every graph of the static bucket plan with the installed XLA frontend (torch-xla, or "
         "torch-neuronx's) and show its size and whatever stands against compiling it. Exits with 1 if anything does.",
     )
     graphs.set_defaults(run=_graphs)
     graphs.add_argument("--lower", action="store_true", required=True, help="lower the graphs")
-    graphs.add_argument("--checkpoint", type=Path, metavar="DIR", help="a real XTTS v2 checkpoint")
-    graphs.add_argument("--small", action="store_true", help="the small model of the demo")
     graphs.add_argument("--json", action="store_true", help="a list of objects instead of a table")
     return parser
 

@@ -63,7 +63,7 @@ def test_decode_rows_at_positions_of_their_own(gpt, trunk):
 
 
 @torch.no_grad()
-def test_both_forms_of_attention(monkeypatch):
+def test_both_forms_of_attention():
     """The fused kernel of the host and the plain operators of every other device."""
     q, k, v = (torch.randn(2, 3, length, 8, dtype=torch.double) for length in (5, 9, 9))
     mask = torch.where(torch.rand(2, 1, 5, 9) < 0.3, MASKED, 0.0).double()
@@ -98,12 +98,11 @@ def test_split_product(gpt, threads):
 
 @pytest.fixture
 def generator():
-    torch.manual_seed(0)
-    return HifiganGenerator(
-        24, 1, "1", [[1, 3, 5]] * 3, [3, 7, 11], [16, 16, 4, 4], 32, [8, 8, 2, 2],
-        inference_padding=0, cond_channels=6, conv_pre_weight_norm=False, conv_post_weight_norm=False,
-        conv_post_bias=False, cond_in_each_up_layer=True,
-    ).double()  # fmt: skip
+    """The layers of XTTS v2's, with fewer channels."""
+    return make_generator(
+        upsample_kernel_sizes=[16, 16, 4, 4], upsample_factors=[8, 8, 2, 2], upsample_initial_channel=32,
+        conv_pre_weight_norm=False, conv_post_weight_norm=False, conv_post_bias=False,
+    )  # fmt: skip
 
 
 OTHER_SHAPES = {

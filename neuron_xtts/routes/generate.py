@@ -14,7 +14,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from neuron_xtts.engine import Engine
 from neuron_xtts.errors import Fallback
 from neuron_xtts.graphs.transformer import MASKED
-from neuron_xtts.routes.latents import LatentsMemo, check_trunk
+from neuron_xtts.routes.latents import LatentsMemo, check_trunk, embed_text
 from neuron_xtts.sampling import Sampling
 
 
@@ -82,11 +82,8 @@ def embed_prefix(gpt: Any, cond_latents: Tensor, text_inputs: Tensor) -> Tensor:
 
     As ``GPT.compute_embeddings`` and the first step of ``GPT2InferenceModel.forward`` make them.
     """
-    text = F.pad(text_inputs, (0, 1), value=gpt.stop_text_token)
-    text = F.pad(text, (1, 0), value=gpt.start_text_token)
-    text_embeds = gpt.text_embedding(text) + gpt.text_pos_embedding(text)
-    start = torch.full((text.shape[0],), gpt.start_audio_token)
-    return torch.cat([cond_latents, text_embeds, embed_code(gpt, start, 0)], dim=1)
+    start = torch.full((text_inputs.shape[0],), gpt.start_audio_token)
+    return torch.cat([cond_latents, embed_text(gpt, text_inputs), embed_code(gpt, start, 0)], dim=1)
 
 
 def embed_code(gpt: Any, codes: Tensor, position: int) -> Tensor:

@@ -119,11 +119,9 @@ class LatentsRoute:
 
     def _compute(self, cond_latents: Tensor, text: Tensor, codes: Tensor) -> Tensor:
         gpt = self.engine.gpt
-        text = F.pad(F.pad(text, (0, 1), value=gpt.stop_text_token), (1, 0), value=gpt.start_text_token)
         inputs = F.pad(codes[:, :-1], (1, 0), value=gpt.start_audio_token)  # each latent predicts the code at its place
-        text_embeds = gpt.text_embedding(text) + gpt.text_pos_embedding(text)
         code_embeds = gpt.mel_embedding(inputs) + gpt.mel_pos_embedding(inputs)
-        embeds = torch.cat([cond_latents, text_embeds, code_embeds], dim=1)
+        embeds = torch.cat([cond_latents, embed_text(gpt, text), code_embeds], dim=1)
         length = embeds.shape[1]
         size = self.engine.plan.choose("latents", length)
         padded = F.pad(embeds, (0, 0, 0, size - length))
@@ -132,6 +130,13 @@ class LatentsRoute:
         if not latents.isfinite().all():
             raise Fallback("latents that are not finite")
         return latents
+
+
+def embed_text(gpt: Any, text: Tensor) -> Tensor:
+    """Embeddings (B, T + 2, D) of ``text`` (B, T) between its start and stop tokens."""
+    text = F.pad(F.pad(text, (0, 1), value=gpt.stop_text_token), (1, 0), value=gpt.start_text_token)
+    embeds: Tensor = gpt.text_embedding(text) + gpt.text_pos_embedding(text)
+    return embeds
 
 
 def layout(
