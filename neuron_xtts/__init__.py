@@ -1,26 +1,33 @@
 """Run coqui-tts's XTTS v2 on AWS Neuron, or faster on the host CPU, without editing coqui-tts."""
 
-from neuron_xtts.api import is_patched, patch, patched, report, unpatch
+from neuron_xtts.api import compile, is_patched, patch, patched, report, unpatch
 from neuron_xtts.buckets import BucketPlan
 from neuron_xtts.errors import (
+    ArtifactError,
     FallbackError,
     FrontendMissingError,
     ModelNotReadyError,
+    NeuronMissingError,
     NeuronXttsError,
     UnsupportedVersionError,
 )
+from neuron_xtts.precision import Precision
 from neuron_xtts.report import Report
 from neuron_xtts.version import __version__
 
 __all__ = [
+    "ArtifactError",
     "BucketPlan",
     "FallbackError",
     "FrontendMissingError",
     "ModelNotReadyError",
+    "NeuronMissingError",
     "NeuronXttsError",
+    "Precision",
     "Report",
     "UnsupportedVersionError",
     "__version__",
+    "compile",
     "is_patched",
     "patch",
     "patched",

@@ -1,37 +1,44 @@
-"""The public verbs: patch, unpatch, patched, report, is_patched."""
+"""The public verbs: patch, unpatch, patched, compile, report, is_patched."""
 
 from __future__ import annotations
 
+import os
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from neuron_xtts.buckets import BucketPlan
+from neuron_xtts.options import Options
+from neuron_xtts.precision import Precision
 from neuron_xtts.report import Report
 from neuron_xtts.target import check_ready, check_versions, find_xtts
 
-Model = TypeVar("Model")
+if TYPE_CHECKING:
+    from neuron_xtts.compiler import CompileSummary
 
-BACKENDS = ("auto", "cpu")
-PRECISIONS = ("fp32",)
+Model = TypeVar("Model")
+PathLike = str | os.PathLike[str]
 
 
 class Patch:
     """The engine of one model and the proxies that lead to it. It holds no reference to the ``Xtts`` itself."""
 
-    def __init__(self, xtts: Any, *, buckets: BucketPlan | None, precision: str, strict: bool) -> None:
+    def __init__(self, xtts: Any, options: Options, *, strict: bool) -> None:
         from neuron_xtts.engine import Engine
         from neuron_xtts.proxy import Installation
+        from neuron_xtts.routes.conditioning import ConditioningRoute
         from neuron_xtts.routes.generate import GenerateRoute
         from neuron_xtts.routes.latents import LatentsMemo, LatentsRoute
         from neuron_xtts.routes.vocoder import VocoderRoute
 
-        self.engine = Engine(xtts.gpt, xtts.hifigan_decoder, buckets=buckets, precision=precision, strict=strict)
+        self.engine = Engine(xtts.gpt, xtts.hifigan_decoder, options.make_backend, strict=strict)
         memo = LatentsMemo()
         vocoder = VocoderRoute(self.engine)
         routes: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+            ConditioningRoute.name: (xtts.gpt, "get_style_emb", ConditioningRoute(self.engine)),
             GenerateRoute.name: (xtts.gpt, "generate", GenerateRoute(self.engine, memo)),
             LatentsRoute.name: (xtts.gpt, "forward", LatentsRoute(self.engine, memo)),
             "HifiDecoder.forward": (xtts.hifigan_decoder, "forward", vocoder.forward),
@@ -65,19 +72,25 @@ def patch(
     model: Model,
     *,
     backend: str = "auto",
-    precision: str = "fp32",
+    precision: str | Precision = "fp32",
     buckets: BucketPlan | None = None,
+    store: PathLike | None = None,
     strict: bool = False,
 ) -> Model:
     """Route the expensive calls of a coqui-tts XTTS model to graphs. Undone by `unpatch`.
 
-    A model that is patched already is unpatched first.
+    A model that is patched already is unpatched first. Nothing is compiled: on Neuron, graphs that the store does not
+    hold are named in a warning and in `report`, and coqui-tts serves their calls.
 
     Args:
         model: a ``TTS.api.TTS``, a ``Synthesizer`` or an ``Xtts``, ready to synthesize.
-        backend: where graphs run: ``"cpu"``, the host; ``"auto"`` is the host too, the only backend of this version.
-        precision: of the graphs: ``"fp32"``, which gives coqui-tts's own audio.
-        buckets: the sizes of the graphs; by default the backend's own: exact shapes on the host.
+        backend: where graphs run: ``"cpu"``, the host; ``"neuron"``, or ``"neuron:1"`` to name the NeuronCore, counted
+            among those the process may use; ``"auto"``: Neuron if its packages and a device are there, else the host.
+        precision: of the graphs: ``"fp32"``, which on the host gives coqui-tts's own audio; on Neuron also ``"bf16"``
+            and ``"bf16-all"``, or a `Precision` with compiler arguments for single graphs.
+        buckets: the sizes of the graphs; by default the backend's own: exact shapes on the host,
+            `BucketPlan.static` on Neuron.
+        store: folder of the compiled graphs; by default what NEURON_XTTS_CACHE names, else the user's cache folder.
         strict: raise `FallbackError` where a call would fall back to coqui-tts.
 
     Returns:
@@ -87,18 +100,80 @@ def patch(
         TypeError: ``model`` is something else.
         ModelNotReadyError: no XTTS model is loaded in it.
         UnsupportedVersionError: coqui-tts, transformers or torch are of a version that is not supported.
+        NeuronMissingError: ``backend="neuron"`` where Neuron's packages, its driver or a device are not there.
         ValueError: an option has a value that does not exist.
     """
     check_versions()
     xtts = find_xtts(model)
-    _check_option("backend", backend, BACKENDS)
-    _check_option("precision", precision, PRECISIONS)
-    if buckets is not None and not isinstance(buckets, BucketPlan):
-        raise TypeError(f"buckets must be a neuron_xtts.BucketPlan or None, got a {type(buckets).__name__}")
+    options = Options.make(backend, precision, buckets, store, to_run=True)
     check_ready(xtts)
     unpatch(model)
-    _patches[xtts] = Patch(xtts, buckets=buckets, precision=precision, strict=strict)
+    _patches[xtts] = Patch(xtts, options, strict=strict)
     return model
+
+
+def compile(
+    model: Any,
+    *,
+    backend: str = "auto",
+    precision: str | Precision = "fp32",
+    buckets: BucketPlan | None = None,
+    store: PathLike | None = None,
+    progress: bool = True,
+    target: str | None = None,
+    jobs: int | None = None,
+    timeout: float | None = None,
+) -> CompileSummary:
+    """Compile the graphs of a model for Neuron and put them into the store, from which `patch` loads them.
+
+    It takes minutes for every graph that is not there yet, and needs no device. Each graph is compiled in a process of
+    its own: one that fails leaves the others alone.
+
+    Args:
+        model: as for `patch`.
+        backend: ``"neuron"``; ``"auto"``: Neuron if its packages are there, else the host, which needs no compilation.
+        precision: as for `patch`.
+        buckets: as for `patch`.
+        store: as for `patch`.
+        progress: show a bar.
+        target: family of instances to compile for: ``"inf2"``, ``"trn1"``, ``"trn1n"`` or ``"trn2"``; by default this
+            machine's.
+        jobs: graphs compiled at a time; by default as many as memory and processors allow.
+        timeout: seconds for one graph; by default an hour.
+
+    Returns:
+        what became of each graph. Failures are in it, they do not raise.
+
+    Raises:
+        NeuronMissingError: ``backend="neuron"`` without Neuron's packages, or no target is known.
+        TypeError, ModelNotReadyError, UnsupportedVersionError, ValueError: as for `patch`.
+    """
+    from neuron_xtts.compiler import TIMEOUT, CompileSummary, compile_all, make_recipes
+    from neuron_xtts.engine import make_graphs
+
+    check_versions()
+    xtts = find_xtts(model)
+    options = Options.make(backend, precision, buckets, store, to_run=False, target=target)
+    check_ready(xtts)
+    summary = CompileSummary()
+    if options.neuron is None:
+        return summary
+    start = time.monotonic()
+    graphs, summary.missing = make_graphs(xtts.gpt, xtts.hifigan_decoder)
+    recipes = make_recipes(graphs, options.static_plan, options.precision, options.neuron, summary.weights)
+    summary.store = options.store.root
+    summary.entries = compile_all(
+        graphs,
+        recipes,
+        options.store,
+        precision=options.precision,
+        neuron=options.neuron,
+        progress=progress,
+        workers=jobs,
+        timeout=timeout or TIMEOUT,
+    )
+    summary.seconds = time.monotonic() - start
+    return summary
 
 
 def unpatch(model: Model) -> Model:
@@ -153,8 +228,3 @@ def report(model: Any) -> Report:
     if found is None:
         return Report()
     return found.engine.report(found.installations, found.gone(xtts))
-
-
-def _check_option(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}={value!r} does not exist; choose one of {', '.join(map(repr, known))}")

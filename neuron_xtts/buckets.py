@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import product
 from typing import Any
 
 from neuron_xtts.errors import Fallback
 
 Sizes = tuple[int, ...] | None
+Bucket = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class BucketPlan:
         slots: rows that decode together.
         latents: positions of a whole sequence: prefix and audio codes.
         vocoder: frames per window, halo included (1 frame = 256 samples at 24 kHz).
+        conditioning: frames of mel spectrogram of a reference chunk (1 frame = 256 samples at 22.05 kHz). It cannot
+            be padded: a size serves chunks of exactly that length.
     """
 
     prefill: Sizes = None
@@ -32,6 +37,7 @@ class BucketPlan:
     slots: Sizes = None
     latents: Sizes = None
     vocoder: Sizes = None
+    conditioning: Sizes = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -48,38 +54,95 @@ class BucketPlan:
     @classmethod
     def none(cls) -> BucketPlan:
         """A plan without any graph: every call falls back to coqui-tts."""
-        return cls(prefill=(), decode=(), slots=(), latents=(), vocoder=())
+        return cls(prefill=(), decode=(), slots=(), latents=(), vocoder=(), conditioning=())
 
     @classmethod
-    def static(cls, max_positions: int = 1044) -> BucketPlan:
-        """The default plan for fixed-shape graphs.
+    def static(cls) -> BucketPlan:
+        """The default plan for compiled graphs, made for XTTS v2.
 
-        Args:
-            max_positions: the longest sequence of the model; for XTTS v2 32 conditioning positions, 404 of text
-                and 608 of audio. Powers of two below it keep the padding under half of a bucket.
+        Its longest prefix has 437 positions (32 of conditioning, 404 of text and the start code), its longest sequence
+        1044. Every graph carries weights of its own, so there are few; docs/performance.md has what each costs.
         """
-        lengths = (*(size for size in (128, 256, 512) if size < max_positions), max_positions)
-        return cls(prefill=lengths, decode=lengths, slots=(1, 4), latents=lengths, vocoder=(64, 128, 256))
+        return cls(
+            prefill=(128, 448),
+            decode=(512, 1044),
+            slots=(1,),
+            latents=(1044,),
+            vocoder=(96, 128, 160, 256),  # several, because compilers refuse single sizes of vocoders
+            conditioning=(173, 345, 517),  # 2, 4 and 6 s: what coqui-tts cuts a reference into
+        )
 
-    def choose(self, graph: str, needed: int) -> int:
-        """Return the smallest size of ``graph`` that holds ``needed``.
+    def dimensions(self, graph: str) -> tuple[Sizes, ...]:
+        """The sizes of each dimension of a graph's buckets: rows and positions of decode, one for the others."""
+        return (self.slots, self.decode) if graph == "decode" else (getattr(self, graph),)
 
-        Raises:
-            Fallback: if there is none.
-        """
-        sizes: Sizes = getattr(self, graph)
-        if graph == "slots":
-            graph = "decode"
-        if sizes is None:
-            return needed
-        for size in sizes:
-            if size >= needed:
-                return size
-        if not sizes:
-            raise Fallback(f"no {graph} graph")
-        # Not what was needed: reasons are counted, and a count per length would drown the report.
-        raise Fallback(f"larger than the largest {graph} bucket ({sizes[-1]})")
+    def buckets(self, graph: str) -> list[Bucket]:
+        """Every bucket of a graph, smallest first; none where a dimension is exact."""
+        return list(product(*(sizes or () for sizes in self.dimensions(graph))))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data; None means exact shapes."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+class Buckets:
+    """The buckets there are: those of a plan, without those that are missing.
+
+    Args:
+        plan: the plan.
+        missing: why a bucket is not to be had, by graph and bucket. It may grow while this is in use.
+    """
+
+    def __init__(self, plan: BucketPlan, missing: Mapping[tuple[str, Bucket], str]) -> None:
+        self.plan = plan
+        self.missing = missing
+
+    def choose(self, graph: str, *needed: int, exact: int = 0) -> Bucket:
+        """Return the smallest bucket of ``graph`` that holds ``needed``.
+
+        Args:
+            graph: its name.
+            needed: one number for each dimension.
+            exact: how many of them, counted from the first, must be met exactly.
+
+        Raises:
+            Fallback: if there is none.
+        """
+        dimensions = self.plan.dimensions(graph)
+        fitting = []
+        for i, (sizes, wanted) in enumerate(zip(dimensions, needed, strict=True)):
+            held = (wanted,) if sizes is None else sizes
+            fitting.append([size for size in held if size == wanted or (size > wanted and i >= exact)])
+        candidates = list(product(*fitting))
+        for bucket in candidates:
+            if (graph, bucket) not in self.missing:
+                return bucket
+        if candidates:
+            raise Fallback(f"no {graph} graph: {self.missing[graph, candidates[0]]}")
+        if () in dimensions:
+            raise Fallback(f"no {graph} graph")
+        # Not what was needed: reasons are counted, and a count per length would drown the report.
+        for sizes, wanted in zip(dimensions, needed, strict=True):
+            if sizes and sizes[-1] < wanted:
+                raise Fallback(f"larger than the largest {graph} bucket ({sizes[-1]})")
+        raise Fallback(f"not a length that there is a {graph} graph for")
+
+    def sizes(self, graph: str) -> Sizes:
+        """The sizes of a graph of one dimension that are to be had; None where they are exact."""
+        (sizes,) = self.plan.dimensions(graph)
+        if sizes is None:
+            return None
+        there = tuple(size for size in sizes if (graph, (size,)) not in self.missing)
+        if sizes and not there:
+            raise Fallback(f"no {graph} graph: {self.missing[graph, sizes[:1]]}")
+        return there
+
+    def name(self, graph: str, bucket: Bucket) -> str:
+        """A bucket as reports write it: ``1x512``; ``exact`` for a dimension that has no sizes."""
+        dimensions = self.plan.dimensions(graph)
+        return "x".join("exact" if sizes is None else str(n) for sizes, n in zip(dimensions, bucket, strict=True))
+
+
+def bucket_name(bucket: Bucket) -> str:
+    """A bucket as it is written: ``1x512``."""
+    return "x".join(map(str, bucket))

@@ -5,12 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
+from neuron_xtts.buckets import BucketPlan, bucket_name
 from neuron_xtts.errors import NeuronXttsError
+from neuron_xtts.precision import Precision
+from neuron_xtts.report import table
+from neuron_xtts.store import Store
 from neuron_xtts.version import __version__
 
 
@@ -21,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = arguments.run(arguments)
         return status
-    except (NeuronXttsError, OSError) as error:
+    except (NeuronXttsError, OSError, ValueError) as error:
         print(f"neuron-xtts: {error}", file=sys.stderr)
         return 1
 
@@ -36,9 +43,23 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--checkpoint", type=Path, metavar="DIR", help="a real XTTS v2 checkpoint")
     model.add_argument("--small", action="store_true", help="a small model, for a quick look")
 
+    neuron = argparse.ArgumentParser(add_help=False)
+    neuron.add_argument(
+        "--precision", default="fp32", metavar="NAME", help="fp32, or on Neuron bf16 or bf16-all (default: %(default)s)"
+    )
+    neuron.add_argument("--store", type=Path, metavar="DIR", help="of compiled graphs (default: the user's cache)")
+    neuron.add_argument(
+        "--sizes", type=_sizes, action="append", default=[], metavar="FIELD=N,N",
+        help="of the bucket plan, such as decode=512 or slots=1,4",
+    )  # fmt: skip
+    neuron.add_argument(
+        "--compiler-args", type=_assignment, action="append", default=[], metavar="GRAPH=ARGS",
+        help="of neuronx-cc for one graph, such as vocoder=-O2",
+    )  # fmt: skip
+
     demo = commands.add_parser(
         "demo",
-        parents=[model],
+        parents=[model, neuron],
         help="speak one sentence with plain coqui-tts and patched, and compare",
         description="Speak one sentence with plain coqui-tts and patched, with the same seed; compare time and audio. "
         "Without --checkpoint the weights are random: the time is real, the audio is noise.",
@@ -49,18 +70,55 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--language", default="en", help="of the sentence (default: %(default)s)")
     demo.add_argument("--codes", type=_positive, default=100, help="with random weights (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
+    demo.add_argument("--backend", default="auto", help="auto, cpu, neuron or neuron:N (default: %(default)s)")
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="(default: %(default)s)")
+
+    compiling = commands.add_parser(
+        "compile",
+        parents=[neuron],
+        help="compile the graphs for Neuron",
+        description="Compile the graphs of a model for Neuron and put them into the store, from which patch() loads "
+        "them. It takes minutes a graph, and needs Neuron's packages but no device. Exits with 1 if a graph failed.",
+    )
+    compiling.set_defaults(run=_compile)
+    which = compiling.add_mutually_exclusive_group(required=True)
+    which.add_argument("--checkpoint", type=Path, metavar="DIR", help="a real XTTS v2 checkpoint")
+    which.add_argument("--small", action="store_true", help="a small model with random weights")
+    which.add_argument("--random", action="store_true", help="a full-size model with random weights")
+    compiling.add_argument("--target", help="inf2, trn1, trn1n or trn2 (default: this machine)")
+    compiling.add_argument("--jobs", type=_positive, help="graphs at a time (default: what memory allows)")
+    compiling.add_argument("--timeout", type=float, metavar="SECONDS", help="for one graph (default: an hour)")
 
     graphs = commands.add_parser(
         "graphs",
         parents=[model],
-        help="show what the XLA frontend makes of the graphs",
-        description="Lower every graph of the static bucket plan with the installed XLA frontend (torch-xla, or "
-        "torch-neuronx's) and show its size and whatever stands against compiling it. Exits with 1 if anything does.",
+        help="list, verify and prune compiled graphs; lower them",
+        description="Without options, list the store. --lower shows what the installed XLA frontend (torch-xla, or "
+        "torch-neuronx's) makes of every graph of the static bucket plan, and whatever stands against compiling it.",
     )
     graphs.set_defaults(run=_graphs)
-    graphs.add_argument("--lower", action="store_true", required=True, help="lower the graphs")
+    graphs.add_argument("--store", type=Path, metavar="DIR", help="of compiled graphs (default: the user's cache)")
+    what = graphs.add_mutually_exclusive_group()
+    what.add_argument("--lower", action="store_true", help="lower the graphs; exit with 1 if anything is against them")
+    what.add_argument("--verify", action="store_true", help="check the artifacts' checksums; exit with 1 if one is off")
+    what.add_argument(
+        "--prune",
+        choices=("broken", "stale"),
+        nargs="?",
+        const="broken",
+        help="remove what cannot be used (broken, the default), or also what other versions made (stale)",
+    )
     graphs.add_argument("--json", action="store_true", help="a list of objects instead of a table")
+
+    doctor = commands.add_parser(
+        "doctor",
+        parents=[model, neuron],
+        help="print everything a bug report needs",
+        description="Print versions, hardware and store, with --checkpoint also which of its graphs are ready. Exits "
+        "with 1 if there are problems.",
+    )
+    doctor.set_defaults(run=_doctor)
+    doctor.add_argument("--target", help="inf2, trn1, trn1n or trn2 (default: this machine)")
     return parser
 
 
@@ -69,6 +127,28 @@ def _positive(value: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not a positive number")
     return number
+
+
+def _assignment(value: str) -> tuple[str, str]:
+    name, equals, rest = value.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{value!r} is not NAME=VALUE")
+    return name, rest
+
+
+def _sizes(value: str) -> tuple[str, tuple[int, ...]]:
+    name, sizes = _assignment(value)
+    if name not in {field.name for field in fields(BucketPlan)}:
+        raise argparse.ArgumentTypeError(f"{name!r} is not a field of BucketPlan")
+    return name, tuple(_positive(size) for size in sizes.split(",") if size)
+
+
+def _plan(arguments: argparse.Namespace) -> BucketPlan | None:
+    return replace(BucketPlan.static(), **dict(arguments.sizes)) if arguments.sizes else None
+
+
+def _precision(arguments: argparse.Namespace) -> Precision:
+    return Precision(arguments.precision, dict(arguments.compiler_args))
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -87,23 +167,95 @@ def _demo(arguments: argparse.Namespace) -> int:
             language=arguments.language,
             codes=arguments.codes,
             seed=arguments.seed,
+            backend=arguments.backend,
+            precision=_precision(arguments),
+            buckets=_plan(arguments),
+            store=arguments.store,
         )
     )
     return 0
 
 
-def _graphs(arguments: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
+def _compile(arguments: argparse.Namespace) -> int:
+    import neuron_xtts
     from neuron_xtts import demo
-    from neuron_xtts.buckets import BucketPlan
-    from neuron_xtts.engine import make_graphs
-    from neuron_xtts.lowering import lower_all
-    from neuron_xtts.report import table
 
+    summary = neuron_xtts.compile(
+        demo.load_or_make(arguments.checkpoint, arguments.small),
+        backend="neuron",
+        precision=_precision(arguments),
+        buckets=_plan(arguments),
+        store=arguments.store,
+        target=arguments.target,
+        jobs=arguments.jobs,
+        timeout=arguments.timeout,
+    )
+    print(summary)
+    return 0 if summary.ok else 1
+
+
+def _graphs(arguments: argparse.Namespace) -> int:
+    store = Store(arguments.store)
+    if arguments.lower:
+        return _lower(arguments)
+    if arguments.prune:
+        return _prune(store, arguments.prune == "stale")
+    rows, faults = [], 0
+    for artifact in store:
+        state = artifact.quarantined or ("verified" if artifact.manifest["verification"] else "not verified yet")
+        if arguments.verify:
+            try:
+                artifact.check()
+            except NeuronXttsError as error:
+                state, faults = str(error), faults + 1
+        rows.append(artifact.manifest | {"folder": str(artifact.folder), "state": state})
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+        return 1 if faults else 0
+    header = ("graph", "bucket", "precision", "target", "neuronx-cc", "weights", "MB", "state")
+    lines = []
+    for row in rows:
+        recipe = row["recipe"]
+        identity = (recipe["graph"], bucket_name(recipe["bucket"]), recipe["precision"], recipe["target"])
+        origin = (recipe["versions"]["neuronx-cc"], recipe["weights"][:8])
+        lines.append((*identity, *origin, f"{row['bytes'] / 1e6:.1f}", row["state"]))
+    print(f"{store.root}: {len(rows)} artifacts, {sum(row['bytes'] for row in rows) / 1e9:.2f} GB\n")
+    print(table(header, lines))
+    return 1 if faults else 0
+
+
+def _prune(store: Store, stale: bool) -> int:
+    from neuron_xtts.compiler import source_digest
+    from neuron_xtts.device import find_neuron
+
+    installed, source = find_neuron().versions, source_digest()
+
+    def is_stale(recipe: dict[str, Any]) -> bool:
+        versions = {name: recipe["versions"][name] for name in ("torch-neuronx", "neuronx-cc")}
+        return bool(recipe["source"] != source or any(installed.get(name) != v for name, v in versions.items()))
+
+    doomed = list(store.leftovers())
+    doomed += [a.folder for a in store if a.quarantined or (stale and is_stale(a.manifest["recipe"]))]
+    freed = 0
+    for folder in doomed:
+        freed += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        shutil.rmtree(folder, ignore_errors=True)
+        print(f"removed {folder}")
+    print(f"{freed / 1e9:.2f} GB freed")
+    return 0
+
+
+def _lower(arguments: argparse.Namespace) -> int:
+    from neuron_xtts import demo
+    from neuron_xtts.compiler import lower_all
+    from neuron_xtts.engine import make_graphs
+    from neuron_xtts.lowering import frontend
+
+    frontend()
     xtts = demo.load_or_make(arguments.checkpoint, arguments.small).synthesizer.tts_model
     graphs, missing = make_graphs(xtts.gpt, xtts.hifigan_decoder)
-    lowered = list(tqdm(lower_all(graphs, BucketPlan.static()), desc="lowering", unit="graph"))
+    with tempfile.TemporaryDirectory() as scratch:
+        lowered = lower_all(graphs, BucketPlan.static(), Path(scratch), progress=True)
     if arguments.json:
         print(json.dumps([asdict(lowering) for lowering in lowered], indent=2))
     else:
@@ -114,14 +266,31 @@ def _graphs(arguments: argparse.Namespace) -> int:
                 str(sum(lowering.operators.values())),
                 f"{lowering.flops / 1e9:.2f}",
                 f"{lowering.bytes / 1e6:.1f}",
-                "; ".join([*lowering.unlowered, *lowering.disconnected, *lowering.rejected]) or "none",
+                "; ".join(lowering.problems) or "none",
             )
             for lowering in lowered
         ]
         print(table(("graph", "bucket", "operators", "GFLOP", "MB", "unlowered, disconnected or rejected"), rows))
     for graph, reason in missing.items():
         print(f"no {graph} graph: {reason}", file=sys.stderr)
-    return 0 if lowered and not missing and all(lowering.clean for lowering in lowered) else 1
+    return 0 if lowered and not missing and not any(lowering.problems for lowering in lowered) else 1
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from neuron_xtts import demo
+    from neuron_xtts.doctor import examine
+    from neuron_xtts.options import Options
+
+    options = Options.make(
+        "auto", _precision(arguments), _plan(arguments), arguments.store, to_run=False, target=arguments.target
+    )
+    model = None
+    if arguments.checkpoint or arguments.small:
+        model = demo.load_or_make(arguments.checkpoint, arguments.small).synthesizer.tts_model
+    text, problems = examine(options.store, model, options)
+    print(text)
+    print("\nno problems found" if not problems else "\nproblems:\n" + "\n".join(f"* {p}" for p in problems))
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import neuron_xtts
@@ -72,6 +73,8 @@ def random_tts(folder: Path, *, small: bool = False, seed: int = 0, progress: bo
             decoder_input_dim=config.model_args.decoder_input_dim,
             upsample_initial_channel_decoder=SMALL_VOCODER_CHANNELS,
         )
+        for block in model.gpt.conditioning_encoder.attn:
+            nn.init.normal_(block.proj_out.weight, std=0.02)  # coqui-tts starts with zeros: no attention at all
     bar.update()
     config.save_json(str(folder / "config.json"))
     torch.save({"model": model.state_dict()}, folder / "model.pth")
@@ -220,10 +223,10 @@ def speak(tts: Any, text: str, *, seed: int, label: str, codes: int | None, **op
     with tqdm(total=codes, desc=label, unit="code") as bar, Stopwatch(xtts) as stopwatch:
 
         def advance(*_: object) -> None:
-            # Every code passes this norm once, patched or not; then coqui-tts passes them all again for the latents.
+            # Every code is embedded once, patched or not; then coqui-tts embeds them all again for the latents.
             bar.update(bar.n != codes)
 
-        hook = xtts.gpt.final_norm.register_forward_hook(advance)
+        hook = xtts.gpt.mel_embedding.register_forward_hook(advance)
         try:
             torch.manual_seed(seed)
             start = time.perf_counter()
@@ -244,6 +247,7 @@ def run(
     language: str = "en",
     codes: int = 100,
     seed: int = 1,
+    **options: Any,
 ) -> str:
     """The main job: one sentence with plain coqui-tts and patched, written to two files and compared.
 
@@ -256,6 +260,7 @@ def run(
         language: of the sentence.
         codes: audio codes to speak with random weights, which hardly ever stop by themselves.
         seed: of the codes.
+        options: of `neuron_xtts.patch`.
 
     Returns:
         a side-by-side table and the report.
@@ -265,7 +270,7 @@ def run(
     if speaker_wav is None:
         speaker_wav = out / "reference.wav"
         write_reference(speaker_wav)
-    options: dict[str, Any] = {"speaker_wav": str(speaker_wav), "language": language, "split_sentences": False}
+    voice: dict[str, Any] = {"speaker_wav": str(speaker_wav), "language": language, "split_sentences": False}
     length: dict[str, Any] = {}
     if checkpoint is None:
         length = {"min_new_tokens": codes, "max_new_tokens": codes}
@@ -273,11 +278,11 @@ def run(
 
     def say(label: str) -> Spoken:
         # The first sentence pays for what torch and coqui-tts set up once.
-        speak(tts, "hello", seed=seed, label=f"{label}, warm-up", codes=2, max_new_tokens=2, **options)
-        return speak(tts, text, seed=seed, label=label, codes=total, **options, **length)
+        speak(tts, "hello", seed=seed, label=f"{label}, warm-up", codes=2, max_new_tokens=2, **voice)
+        return speak(tts, text, seed=seed, label=label, codes=total, **voice, **length)
 
     plain = say("coqui-tts")
-    neuron_xtts.patch(tts)
+    neuron_xtts.patch(tts, **options)
     patched = say("neuron_xtts")
     report = neuron_xtts.report(tts)
     neuron_xtts.unpatch(tts)

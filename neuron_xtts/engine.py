@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor
 
 from neuron_xtts.backends import Backend, DecodeState
-from neuron_xtts.backends.cpu import CpuBackend
-from neuron_xtts.buckets import BucketPlan
+from neuron_xtts.buckets import Bucket, BucketPlan, Buckets, bucket_name
 from neuron_xtts.errors import Fallback, FallbackError
+from neuron_xtts.graphs.conditioning import Conditioning
 from neuron_xtts.graphs.transformer import Decode, Latents, Prefill, Trunk
 from neuron_xtts.graphs.vocoder import Vocoder, receptive_field
 from neuron_xtts.report import Counters, Report
-from neuron_xtts.target import check_gpt, check_vocoder
+from neuron_xtts.target import check_conditioning, check_gpt, check_vocoder
 
 logger = logging.getLogger(__name__)
 
@@ -33,33 +34,33 @@ class Engine:
     Args:
         gpt: coqui-tts's ``GPT``.
         decoder: coqui-tts's ``HifiDecoder``.
-        buckets: the bucket plan; None for the backend's default.
-        precision: of the graphs.
+        make_backend: makes the backend of the graphs, which it is given by name.
         strict: raise instead of falling back.
     """
 
-    def __init__(self, gpt: Any, decoder: Any, *, buckets: BucketPlan | None, precision: str, strict: bool) -> None:
+    def __init__(
+        self,
+        gpt: Any,
+        decoder: Any,
+        make_backend: Callable[[dict[str, Any]], Backend],
+        *,
+        strict: bool,
+    ) -> None:
         self.gpt = gpt
         self.decoder = decoder
-        self.precision = precision
         self.strict = strict
         graphs, self.missing = make_graphs(gpt, decoder)
         if "vocoder" in graphs:
             self.halo = max(receptive_field(graphs["vocoder"]))
-        self.backend: Backend = CpuBackend(graphs)
-        self.plan = buckets or self.backend.default_plan
-        self._check_windows()
+        self.backend = make_backend(graphs)
+        self.plan = self.backend.plan
+        if "vocoder" in graphs:
+            check_windows(self.plan, self.halo)
+        self.buckets = Buckets(self.plan, self.backend.missing)
         self._sources = {name: self._modules(name) for name in graphs}
         self.counters = Counters()
         self._lock = threading.RLock()
         self._serving = False
-
-    def _check_windows(self) -> None:
-        if self.plan.vocoder and "vocoder" not in self.missing and min(self.plan.vocoder) <= 2 * self.halo:
-            raise ValueError(
-                f"BucketPlan.vocoder has a window of {min(self.plan.vocoder)} frames; this vocoder needs more than "
-                f"{2 * self.halo}, because {self.halo} on either side are halo"
-            )
 
     def _modules(self, graph: str) -> tuple[Any, ...]:
         """The modules of the model that a graph was made of."""
@@ -68,17 +69,20 @@ class Engine:
             names = ("conv_pre", "cond_layer", "ups", "conds", "resblocks", "conv_post")
             return (generator, *(getattr(generator, name, None) for name in names))
         gpt = self.gpt
+        if graph == "conditioning":
+            return (*gpt.conditioning_encoder.modules(), *gpt.conditioning_perceiver.modules())
         return (gpt.gpt, gpt.gpt.h, gpt.gpt.ln_f, gpt.final_norm, gpt.mel_head)
 
     def require(self, *graphs: str) -> None:
         """Raise `Fallback` unless these graphs are to be had, made of the modules that the model has now."""
         for graph in graphs:
-            if getattr(self.plan, graph) == ():
+            if () in self.plan.dimensions(graph):
                 raise Fallback(f"no {graph} graph")
             if graph in self.missing:
                 raise Fallback(self.missing[graph])
-            if any(now is not then for now, then in zip(self._modules(graph), self._sources[graph], strict=True)):
+            if list(map(id, self._modules(graph))) != list(map(id, self._sources[graph])):
                 raise Fallback("the model's modules were replaced after patch()")
+            self.backend.check(graph)
 
     def serve(
         self,
@@ -130,12 +134,11 @@ class Engine:
         self.counters.count_served(name)
         return True, result
 
-    def run(self, graph: str, size: int, used: int, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        """Run a graph on inputs that fill the bucket ``size``, of which ``used`` is not padding."""
+    def run(self, graph: str, bucket: Bucket, used: int, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        """Run a graph of one dimension on inputs that fill ``bucket``, of which ``used`` is not padding."""
         start = time.perf_counter()
-        outputs = self.backend.run(graph, *inputs)
-        exact = getattr(self.plan, graph) is None
-        self.counters.count_run(graph, "exact" if exact else str(size), time.perf_counter() - start, used, size)
+        outputs = self.backend.run(graph, bucket, *inputs)
+        self._count(graph, bucket, start, used, bucket[0])
         return outputs
 
     def step(
@@ -144,11 +147,12 @@ class Engine:
         """Run a decode step; ``used`` of the slots of ``mask`` (rows times positions) are not padding."""
         start = time.perf_counter()
         outputs = state.step(embeds, positions, mask)
-        rows, width = mask.shape[0], mask.shape[-1]
-        exact = self.plan.decode is None
-        bucket = f"{rows}x{'exact' if exact else width}"
-        self.counters.count_run("decode", bucket, time.perf_counter() - start, used, rows * width)
+        bucket = (mask.shape[0], mask.shape[-1])
+        self._count("decode", bucket, start, used, math.prod(bucket))
         return outputs
+
+    def _count(self, graph: str, bucket: Bucket, start: float, used: int, padded: int) -> None:
+        self.counters.count_run(graph, self.buckets.name(graph, bucket), time.perf_counter() - start, used, padded)
 
     def report(self, routes: Iterable[str], gone: list[str]) -> Report:
         """A snapshot of the counters.
@@ -160,12 +164,22 @@ class Engine:
         route_counts, graph_counts = self.counters.snapshot(routes)
         return Report(
             backend=self.backend.name,
-            precision=self.precision,
+            precision=self.backend.precision,
             buckets=self.plan.to_dict(),
             routes=route_counts,
             graphs=graph_counts,
-            missing=dict(self.missing),
+            missing=self.missing
+            | {f"{graph} {bucket_name(bucket)}": reason for (graph, bucket), reason in self.backend.missing.items()},
             gone=gone,
+        )
+
+
+def check_windows(plan: BucketPlan, halo: int) -> None:
+    """Raise ValueError if a window of the vocoder has no room beside its halo."""
+    if plan.vocoder and min(plan.vocoder) <= 2 * halo:
+        raise ValueError(
+            f"BucketPlan.vocoder has a window of {min(plan.vocoder)} frames; this vocoder needs more than "
+            f"{2 * halo}, because {halo} on either side are halo"
         )
 
 
@@ -186,6 +200,11 @@ def make_graphs(gpt: Any, decoder: Any) -> tuple[dict[str, Any], dict[str, str]]
         graphs["latents"] = Latents(trunk)
     except Fallback as fallback:
         missing |= dict.fromkeys(("prefill", "decode", "latents"), str(fallback))
+    try:
+        check_conditioning(gpt)
+        graphs["conditioning"] = Conditioning(gpt.conditioning_encoder, gpt.conditioning_perceiver)
+    except Fallback as fallback:
+        missing["conditioning"] = str(fallback)
     try:
         check_vocoder(decoder)
         graphs["vocoder"] = Vocoder(decoder.waveform_decoder)

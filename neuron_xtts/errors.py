@@ -17,6 +17,14 @@ class FrontendMissingError(NeuronXttsError, ImportError):
     """No XLA frontend is installed to lower graphs with."""
 
 
+class NeuronMissingError(NeuronXttsError, RuntimeError):
+    """Neuron's packages, its driver or a device are not there."""
+
+
+class ArtifactError(NeuronXttsError, RuntimeError):
+    """A compiled graph in the store cannot be used."""
+
+
 class FallbackError(NeuronXttsError, RuntimeError):
     """Raised with ``strict=True`` where a route would have fallen back to coqui-tts.
 

@@ -6,22 +6,20 @@ what it computes becomes a constant of the program. The reverse does not hold: t
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from neuron_xtts.buckets import BucketPlan
+from neuron_xtts.buckets import Bucket
 from neuron_xtts.errors import FrontendMissingError
 from neuron_xtts.graphs.transformer import Decode, StatefulDecode
-from neuron_xtts.graphs.vocoder import Vocoder, fold_weight_norm
+from neuron_xtts.graphs.vocoder import fill_small_kernels, fold_weight_norm
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,13 @@ class Lowering:
     rejected: list[str]
 
     @property
-    def clean(self) -> bool:
-        """Whether nothing stands against compiling it."""
-        return not (self.unlowered or self.disconnected or self.rejected)
+    def problems(self) -> list[str]:
+        """What stands against compiling it, one line each."""
+        return [
+            *(f"{operator} has no lowering" for operator in self.unlowered),
+            *(f"{name} is not connected" for name in self.disconnected),
+            *self.rejected,
+        ]
 
 
 def lower(name: str, bucket: str, graph: nn.Module, inputs: Mapping[str, Tensor]) -> Lowering:
@@ -92,30 +94,26 @@ def lower(name: str, bucket: str, graph: nn.Module, inputs: Mapping[str, Tensor]
     )
 
 
-def lower_all(graphs: Mapping[str, Any], plan: BucketPlan) -> Iterator[Lowering]:
-    """Lower every graph in every bucket of ``plan``; see `on_device`."""
-    for name, bucket, graph, inputs in on_device(graphs, plan):
-        yield lower(name, bucket, graph, inputs)
-
-
-def on_device(graphs: Mapping[str, Any], plan: BucketPlan) -> Iterator[tuple[str, str, nn.Module, dict[str, Tensor]]]:
-    """Graphs in the form that is compiled, on the XLA device, one for each bucket of ``plan``.
+def traceable(graphs: Mapping[str, Any], *, fill: bool = False) -> dict[str, nn.Module]:
+    """The graphs with operators that lower; nothing is copied but the vocoder, and the originals stay as they are.
 
     Args:
-        graphs: by name, as the engine makes them. They stay as they are.
-        plan: its fields that are None have no buckets and are left out.
-
-    Yields:
-        name, bucket, graph and example inputs on the host.
+        graphs: by name, as the engine makes them.
+        fill: replace convolutions whose kernel is smaller than their dilation.
     """
-    device = frontend().device()
-    # One copy for all: prefill, decode and latents share the trunk, which is most of the model.
-    for name, graph in copy.deepcopy(dict(graphs)).items():
-        graph = fold_weight_norm(graph) if isinstance(graph, Vocoder) else graph
-        sizes = [plan.slots or ()] if isinstance(graph, Decode) else []
-        for bucket in product(*sizes, getattr(plan, name) or ()):
-            module = StatefulDecode(graph, *bucket) if isinstance(graph, Decode) else graph
-            yield name, "x".join(map(str, bucket)), module.to(device), module.example(*bucket)
+    found: dict[str, nn.Module] = dict(graphs)
+    if "vocoder" in found:
+        vocoder = fold_weight_norm(graphs["vocoder"])
+        if fill:
+            fill_small_kernels(vocoder)
+        found["vocoder"] = vocoder
+    return found
+
+
+def in_bucket(graph: Any, bucket: Bucket) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The form of a graph that is compiled for a bucket, and example inputs by name."""
+    module = StatefulDecode(graph, *bucket) if isinstance(graph, Decode) else graph
+    return module, module.example(*bucket)
 
 
 def frontend() -> Any:

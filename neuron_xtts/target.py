@@ -109,6 +109,34 @@ def check_vocoder(decoder: Any) -> None:
         raise Fallback("a HiFi-GAN without speaker conditioning, or with a linear layer in front")
 
 
+def check_conditioning(gpt: Any) -> None:
+    """Raise `Fallback` where the voice encoder's architecture is not the one that the conditioning graph computes."""
+    if not gpt.use_perceiver_resampler:
+        raise Fallback("a GPT without perceiver resampler")
+    encoder, perceiver = gpt.conditioning_encoder, gpt.conditioning_perceiver
+    _check_class(encoder, "ConditioningEncoder")
+    for block in encoder.attn:
+        _check_class(block, "AttentionBlock")
+        _check_class(block.attention, "QKVAttentionLegacy")
+        if block.tortoise_norm or block.relative_pos_embeddings is not None:
+            raise Fallback("a conditioning encoder with tortoise_norm or relative positions")
+    for conv in (encoder.init, *(conv for block in encoder.attn for conv in (block.qkv, block.proj_out))):
+        _check_class(conv, "Conv1d")
+        if (conv.kernel_size, conv.stride, conv.padding, conv.groups) != ((1,), (1,), (0,), 1):
+            raise Fallback("a conditioning encoder with convolutions over time")
+    _check_class(perceiver, "PerceiverResampler")
+    _check_class(perceiver.norm, "RMSNorm")
+    if perceiver.norm.cond:
+        raise Fallback("a perceiver with a conditioned norm")
+    for attn, mlp in perceiver.layers:
+        _check_class(attn, "Attention")
+        _check_class(attn.attend, "Attend")
+        if not attn.cross_attn_include_queries or attn.attend.causal or attn.attend.attn_dropout.p:
+            raise Fallback("a perceiver whose attention is causal, has dropout or leaves out the latents")
+        if [type(module).__name__ for module in mlp] != ["Linear", "GEGLU", "Linear"]:
+            raise Fallback("a perceiver with another MLP")
+
+
 def _check_class(module: nn.Module, *known: str) -> None:
     if type(module).__name__ not in known:
         raise Fallback(f"a {type(module).__name__} where a {' or '.join(known)} belongs")

@@ -187,6 +187,9 @@ def test_eval_on_a_patched_model(xtts, voice):
     assert neuron_xtts.report(xtts).gone == []
 
 
+ROUTES = ["GPT.get_style_emb", "GPT.generate", "GPT.forward", "HifiDecoder.forward", "HifiDecoder.inference"]
+
+
 def test_load_checkpoint_on_a_patched_model(tmp_path, reference):
     """It replaces the patched modules: the report says so, and patch() restores the routes."""
     tts = random_tts(tmp_path, small=True)
@@ -199,14 +202,16 @@ def test_load_checkpoint_on_a_patched_model(tmp_path, reference):
     xtts.hifigan_decoder.waveform_decoder = decoder.waveform_decoder  # narrow, which no checkpoint can say
     assert not neuron_xtts.is_patched(tts)
     report = neuron_xtts.report(tts)
-    assert report.gone == ["GPT.generate", "GPT.forward", "HifiDecoder.forward", "HifiDecoder.inference"]
+    assert report.gone == ROUTES
     assert "patch(model) restores them" in str(report)
     assert_identical(speak(xtts, voice, max_new_tokens=15), theirs)
     neuron_xtts.patch(tts, strict=True)
     assert neuron_xtts.report(tts).gone == []
     assert_same_speech(speak(xtts, voice, max_new_tokens=15), theirs)
     neuron_xtts.unpatch(tts)
-    assert not {"forward", "generate", "inference"} & set(vars(xtts.gpt)) | set(vars(decoder)) & {"forward"}
+    assert not {"forward", "generate", "inference", "get_style_emb"} & set(vars(xtts.gpt)) | set(vars(decoder)) & {
+        "forward"
+    }
 
 
 CHANGES = {
@@ -361,9 +366,9 @@ def test_half_built(tts_original):
 
 def test_unknown_options(xtts):
     before = dicts(xtts)
-    with pytest.raises(ValueError, match="backend='gpu' does not exist; choose one of 'auto', 'cpu'"):
+    with pytest.raises(ValueError, match="backend='gpu' does not exist; choose one of 'auto', 'cpu', 'neuron'"):
         neuron_xtts.patch(xtts, backend="gpu")
-    with pytest.raises(ValueError, match="precision='fp8' does not exist; choose one of 'fp32'"):
+    with pytest.raises(ValueError, match="precision='fp8' does not exist on the host; choose one of 'fp32'"):
         neuron_xtts.patch(xtts, precision="fp8")
     with pytest.raises(TypeError, match=r"buckets must be a neuron_xtts\.BucketPlan or None, got a dict"):
         neuron_xtts.patch(xtts, buckets={})
@@ -433,7 +438,8 @@ def test_bad_input_leaves_the_model_usable(xtts, voice):
 
 def test_report(xtts, voice):
     assert str(neuron_xtts.report(xtts)) == "neuron_xtts: not patched"
-    neuron_xtts.patch(xtts, buckets=BucketPlan.static())
+    plan = BucketPlan(prefill=(128,), decode=(128, 256), slots=(1, 4), latents=(128,), vocoder=(64, 128, 256))
+    neuron_xtts.patch(xtts, buckets=plan)
     stop_after(xtts, None)
     speak(xtts, voice, text=text_of(30), max_new_tokens=100)
     text = torch.ones(1, 5, dtype=torch.long)
@@ -447,6 +453,7 @@ def test_report(xtts, voice):
     report = neuron_xtts.report(xtts)
     assert (report.backend, report.precision, report.gone, report.missing) == ("cpu", "fp32", [], {})
     assert {name: counts.calls for name, counts in report.routes.items()} == {
+        "GPT.get_style_emb": 0,
         "GPT.generate": 2,
         "GPT.forward": 3,
         "HifiDecoder.forward": 1,

@@ -42,6 +42,52 @@ def call(function, **options):
     return lambda xtts, voice: function(xtts, voice, **options)
 
 
+def condition(xtts, voice, *, frames=40, shape=None, dtype=torch.float32, grad=False, value=None, **options):
+    mel = torch.randn(*(shape or (1, 80, frames)), generator=torch.Generator().manual_seed(0)).to(dtype)
+    if value is not None:
+        mel[0, 3, 3] = value
+    with torch.set_grad_enabled(grad):
+        return xtts.gpt.get_style_emb(mel, **options)
+
+
+def no_perceiver(xtts):
+    xtts.gpt.use_perceiver_resampler = False
+
+
+def tortoise_norm(xtts):
+    xtts.gpt.conditioning_encoder.attn[1].tortoise_norm = True
+
+
+def pad_convolution(xtts):
+    xtts.gpt.conditioning_encoder.init.padding = (1,)
+
+
+def condition_norm(xtts):
+    norm = xtts.gpt.conditioning_perceiver.norm
+    norm.cond = True
+    norm.to_gamma_beta = lambda cond: torch.ones(1, 128)
+
+
+def causal_perceiver(xtts):
+    xtts.gpt.conditioning_perceiver.layers[0][0].attend.causal = True
+
+
+def other_mlp(xtts):
+    xtts.gpt.conditioning_perceiver.layers[0][1].append(nn.Tanh())
+
+
+def replace_query(xtts):
+    attention = xtts.gpt.conditioning_perceiver.layers[1][0]
+    attention.to_q = copy.deepcopy(attention.to_q)
+    with torch.no_grad():
+        attention.to_q.weight *= 2
+
+
+def hook_perceiver(xtts):
+    mlp = xtts.gpt.conditioning_perceiver.layers[0][1]
+    mlp.register_forward_hook(lambda module, inputs, output: output * 1.5)
+
+
 def set_generation_config(xtts):
     xtts.gpt.gpt_inference.generation_config.suppress_tokens = [3, 4]
 
@@ -206,6 +252,33 @@ CASES = {
     "too much audio": (None, None, call(latents, samples=(604 * 1024,)), "GPT.forward",
                        "more audio codes than the model has positions"),
     "infinite latents": (poison_trunk, None, call(latents), "GPT.forward", "latents that are not finite"),
+    # GPT.get_style_emb
+    "style of a latent": (None, None, call(condition, return_latent=True), "GPT.get_style_emb",
+                          "argument return_latent"),
+    "gradients in conditioning": (None, None, call(condition, grad=True), "GPT.get_style_emb", "gradients are on"),
+    "a flat spectrogram": (None, None, call(condition, shape=(80, 40)), "GPT.get_style_emb",
+                           "a spectrogram of 2 dimensions"),
+    "a spectrogram of float64": (
+        None, None, lambda xtts, voice: condition(xtts, voice, dtype=torch.float64),
+        "GPT.get_style_emb", "a spectrogram of torch.float64",
+    ),
+    "NaN spectrogram": (None, None, call(condition, value=torch.nan), "GPT.get_style_emb",
+                        "conditioning latents that are not finite"),
+    "conditioning in training": (train, None, call(condition), "GPT.get_style_emb", "training mode"),
+    "hooks of the perceiver": (hook_perceiver, None, call(condition), "GPT.get_style_emb", "forward hooks"),
+    "a layer of the perceiver replaced": (None, replace_query, call(condition), "GPT.get_style_emb",
+                                          "the model's modules were replaced after patch()"),
+    "no perceiver": (no_perceiver, None, call(condition), "GPT.get_style_emb", "a GPT without perceiver resampler"),
+    "tortoise norm": (tortoise_norm, None, call(condition), "GPT.get_style_emb",
+                      "a conditioning encoder with tortoise_norm or relative positions"),
+    "a padded convolution": (pad_convolution, None, call(condition), "GPT.get_style_emb",
+                             "a conditioning encoder with convolutions over time"),
+    "a conditioned norm": (condition_norm, None, call(condition), "GPT.get_style_emb",
+                           "a perceiver with a conditioned norm"),
+    "a causal perceiver": (causal_perceiver, None, call(condition), "GPT.get_style_emb",
+                           "a perceiver whose attention is causal, has dropout or leaves out the latents"),
+    "another MLP of the perceiver": (other_mlp, None, call(condition), "GPT.get_style_emb",
+                                     "a perceiver with another MLP"),
     # HifiDecoder.forward
     "gradients in the vocoder": (None, None, call(vocode, grad=True), "HifiDecoder.forward", "gradients are on"),
     "two dimensions": (
@@ -272,7 +345,8 @@ def test_every_reason_is_tested():
         reasons |= set(re.findall(r'Fallback\(f?"([^"{]+)', path.read_text()))
     tested = {reason for *_, reason in CASES.values()} | set(OTHER_REASONS)
     assert {reason for reason in reasons if not any(known.startswith(reason) for known in tested)} == set()
-    assert set(OTHER_REASONS.values()) <= set(globals())
+    tests = "".join(path.read_text() for path in pathlib.Path(__file__).parent.glob("test_*.py"))
+    assert all(f"def {name}(" in tests for name in OTHER_REASONS.values())
 
 
 OTHER_REASONS = {
@@ -280,6 +354,9 @@ OTHER_REASONS = {
     "no vocoder graph": "test_no_graphs",
     "larger than the largest decode bucket": "test_larger_than_every_bucket",
     "autocast": "test_autocast",
+    "not a length that there is a ": "test_a_length_that_cannot_be_padded",
+    "weights changed": "test_weights_changed",
+    "another call took over the decode graph": "test_one_owner_of_a_state",
     "GPT-2 with activation_function='relu'": "test_other_gpt2",
     "a GPT without learned positions": "test_no_learned_positions",
 }
@@ -326,6 +403,13 @@ def test_more_rows_than_slots(xtts, voice):
     codes = sampled(num_return_sequences=3)(xtts, voice)
     assert codes.shape[0] == 3
     assert all_fallbacks(xtts) == {"GPT.generate": {"larger than the largest decode bucket (2)": 1}}
+
+
+def test_a_length_that_cannot_be_padded(xtts, voice):
+    neuron_xtts.patch(xtts, buckets=BucketPlan(conditioning=(39, 41)))
+    with torch.no_grad():
+        xtts.gpt.get_style_emb(torch.randn(1, 80, 40))
+    assert all_fallbacks(xtts) == {"GPT.get_style_emb": {"not a length that there is a conditioning graph for": 1}}
 
 
 def test_autocast(xtts, voice):

@@ -13,7 +13,11 @@ import neuron_xtts
 from neuron_xtts import BucketPlan
 from neuron_xtts.demo import random_tts
 
-STATIC = BucketPlan.static()
+# More sizes than the default plan, so that buckets change within a sentence; 259 frames: the reference's 3 s.
+LENGTHS = (128, 256, 512, 1044)
+STATIC = BucketPlan(
+    prefill=LENGTHS, decode=LENGTHS, slots=(1, 4), latents=LENGTHS, vocoder=(64, 128, 256), conditioning=(259,)
+)
 PLANS = {"exact": BucketPlan(), "static": STATIC}
 
 GREEDY = {"do_sample": False}

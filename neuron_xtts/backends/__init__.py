@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from neuron_xtts.buckets import BucketPlan
+from neuron_xtts.buckets import Bucket, BucketPlan
 
 
 class DecodeState(Protocol):
@@ -21,7 +21,7 @@ class DecodeState(Protocol):
         """Write the first ``length`` positions of prefill's (1, H, L, K) keys and values into ``row``."""
 
     def grow(self, positions: int) -> None:
-        """Hold at least ``positions`` from now on, keeping what is there."""
+        """Hold at least ``positions``, those of a bucket, from now on, keeping what is there."""
 
     def step(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Run one decode step; ``mask`` is as wide as the part of the state that the step may see."""
@@ -31,18 +31,25 @@ class DecodeState(Protocol):
 
 
 class Backend(Protocol):
-    """Compiles and runs graphs.
+    """Runs graphs.
 
     Attributes:
         name: as in ``patch(backend=...)``.
-        default_plan: the buckets used where the user names none.
+        precision: of the graphs, by name.
+        plan: the buckets.
+        missing: why a bucket of the plan is not to be had, by graph and bucket. It may grow.
     """
 
     name: str
-    default_plan: BucketPlan
+    precision: str
+    plan: BucketPlan
+    missing: dict[tuple[str, Bucket], str]
 
-    def run(self, graph: str, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    def check(self, graph: str) -> None:
+        """Raise `Fallback` if the graph would not compute what the model computes now."""
+
+    def run(self, graph: str, bucket: Bucket, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         """Run a graph other than decode on inputs that fill a bucket."""
 
     def new_state(self, rows: int, positions: int) -> DecodeState:
-        """The decode graph with an empty state."""
+        """The decode graph with an empty state; ``rows`` and ``positions`` are a bucket."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from neuron_xtts.buckets import BucketPlan
+from neuron_xtts.buckets import Bucket, BucketPlan
 from neuron_xtts.graphs.transformer import Decode, Trunk
 
 # Positions by which a state grows: growing copies, and this keeps it rare where shapes are exact.
@@ -24,19 +24,25 @@ class CpuBackend:
 
     Args:
         graphs: the graphs by name, as `Backend.run` knows them, and ``decode``.
+        plan: the buckets; None for exact shapes.
     """
 
     name = "cpu"
-    default_plan = BucketPlan()
+    precision = "fp32"
 
-    def __init__(self, graphs: Mapping[str, Any]) -> None:
+    def __init__(self, graphs: Mapping[str, Any], plan: BucketPlan | None) -> None:
         self.graphs = graphs
+        self.plan = plan or BucketPlan()
+        self.missing: dict[tuple[str, Bucket], str] = {}
         for graph in graphs.values():
             for module in graph.children():
                 if isinstance(module, Trunk):
                     module.linear = linear
 
-    def run(self, graph: str, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    def check(self, graph: str) -> None:
+        """See `Backend.check`: graphs of the model's own modules always do."""
+
+    def run(self, graph: str, bucket: Bucket, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         """See `Backend.run`."""
         outputs: tuple[Tensor, ...] = self.graphs[graph](*inputs)
         return outputs

@@ -19,12 +19,18 @@ from torch.nn import functional as F
 MASKED = -1e9
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Softmax attention of ``q`` (B, H, L, K) over ``k`` and ``v`` (B, H, S, K) with an additive ``mask``."""
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention of ``q`` (B, H, L, K) over ``k`` and ``v`` (B, H, S, K) with an additive ``mask``, if any."""
     if q.device.type == "cpu":  # the fused kernel keeps no (L, S) scores; compilers want the plain operators below
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + mask  # (B, H, L, S)
-    return torch.softmax(scores, dim=-1) @ v
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, H, L, S)
+    return torch.softmax(scores if mask is None else scores + mask, dim=-1) @ v
+
+
+def apply(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)``."""
+    result: Tensor = module(x)
+    return result
 
 
 class Trunk(nn.Module):
@@ -50,7 +56,11 @@ class Trunk(nn.Module):
         self.ln_f = gpt2.ln_f
         self.final_norm = final_norm
         self.heads = heads
-        self.linear: Callable[[nn.Module, Tensor], Tensor] = lambda module, x: module(x)
+        self.linear: Callable[[nn.Module, Tensor], Tensor] = apply  # not a lambda: graphs are pickled to be compiled
+
+    def extra_repr(self) -> str:
+        """What the weights do not say."""
+        return f"heads={self.heads}"
 
     def qkv(self, block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of one block, each (B, H, L, K), from ``x`` (B, L, D)."""
@@ -147,6 +157,20 @@ class Decode(nn.Module):
         latents = self.trunk.latents(x)[:, 0]
         return latents, self.head(latents)
 
+    def example(self, slots: int, positions: int) -> dict[str, Tensor]:
+        """Inputs by name, the rows at different positions."""
+        at = (torch.arange(slots, dtype=torch.int32) + positions // 2) % positions
+        mask = torch.where(torch.arange(positions) <= at[:, None], 0.0, MASKED)[:, None, None]
+        return {"embeds": torch.randn(slots, 1, self.head.in_features), "positions": at, "mask": mask}
+
+    def cache_shape(self, slots: int, positions: int) -> tuple[int, ...]:
+        """Shape (B, H, S, K) of the keys, or the values, of one block."""
+        return slots, self.trunk.heads, positions, self.head.in_features // self.trunk.heads
+
+    def random_cache(self, slots: int, positions: int) -> list[Tensor]:
+        """Keys and values for `forward`."""
+        return [torch.randn(self.cache_shape(slots, positions)) for _ in range(2 * len(self.trunk.h))]
+
 
 class StatefulDecode(nn.Module):
     """`Decode` in the form that tracers want: the cache as parameters, its new contents among the outputs.
@@ -160,9 +184,8 @@ class StatefulDecode(nn.Module):
     def __init__(self, decode: Decode, slots: int, positions: int) -> None:
         super().__init__()
         self.decode = decode
-        trunk = decode.trunk
-        shape = (slots, trunk.heads, positions, decode.head.in_features // trunk.heads)
-        states = (nn.Parameter(torch.zeros(shape), requires_grad=False) for _ in range(2 * len(trunk.h)))
+        shape = decode.cache_shape(slots, positions)
+        states = (nn.Parameter(torch.zeros(shape), requires_grad=False) for _ in range(2 * len(decode.trunk.h)))
         self.states = nn.ParameterList(states)
 
     def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
@@ -171,10 +194,8 @@ class StatefulDecode(nn.Module):
         return (*self.decode(embeds, positions, mask, *cache), *cache)
 
     def example(self, slots: int, positions: int) -> dict[str, Tensor]:
-        """Inputs by name, the rows at different positions."""
-        at = torch.arange(slots, dtype=torch.int32) % positions
-        mask = torch.where(torch.arange(positions) <= at[:, None], 0.0, MASKED)[:, None, None]
-        return {"embeds": torch.randn(slots, 1, self.decode.head.in_features), "positions": at, "mask": mask}
+        """See `Decode.example`."""
+        return self.decode.example(slots, positions)
 
 
 class Latents(nn.Module):

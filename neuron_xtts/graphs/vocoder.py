@@ -105,6 +105,35 @@ def fold_weight_norm(vocoder: Vocoder) -> Vocoder:
     return folded
 
 
+def fill_small_kernels(vocoder: Vocoder) -> None:
+    """Replace convolutions whose kernel is smaller than their dilation by equal ones without dilation, in place.
+
+    Zeros stand between the taps: a kernel of 3 with dilation 5 becomes one of 11.
+
+    Args:
+        vocoder: of `fold_weight_norm`.
+    """
+    for path, conv in list(vocoder.named_modules()):
+        if not isinstance(conv, nn.Conv1d) or conv.kernel_size[0] >= conv.dilation[0]:
+            continue
+        parent, _, name = path.rpartition(".")
+        setattr(vocoder.get_submodule(parent), name, without_dilation(conv))
+
+
+def without_dilation(conv: nn.Conv1d) -> nn.Conv1d:
+    """A convolution that computes the same, with zeros between the taps of its kernel."""
+    (kernel,), (dilation,) = conv.kernel_size, conv.dilation
+    size = (kernel - 1) * dilation + 1
+    sizes: Any = (conv.in_channels, conv.out_channels, size, conv.stride, conv.padding)
+    filled = nn.Conv1d(*sizes)
+    weight = conv.weight.detach()
+    taps = weight.new_zeros(*weight.shape[:2], size)
+    taps[:, :, ::dilation] = weight
+    filled.weight = nn.Parameter(taps, requires_grad=False)
+    filled.bias = conv.bias
+    return filled
+
+
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:
     """``x`` with its padding set to zero."""
     return x if mask is None else x * mask

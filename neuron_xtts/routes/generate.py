@@ -108,8 +108,7 @@ class Decoding:
         self.engine = engine
         self.rows = prefix.shape[0] * copies
         self.length = prefix.shape[1]  # positions written so far
-        self.slots = engine.plan.choose("slots", self.rows)
-        width = engine.plan.choose("decode", self.length + 1)
+        self.slots, width = engine.buckets.choose("decode", self.rows, self.length + 1)
         self.state = engine.backend.new_state(self.slots, width)
         self.mask = prefix.new_empty(self.slots, 1, 1, 0)
         outputs = [self._prefill(row, embeds, copies) for row, embeds in enumerate(torch.split(prefix, 1))]
@@ -119,10 +118,10 @@ class Decoding:
         self.embeds: Tensor | None = None
 
     def _prefill(self, row: int, embeds: Tensor, copies: int) -> tuple[Tensor, Tensor]:
-        size = self.engine.plan.choose("prefill", self.length)
-        padded = F.pad(embeds, (0, 0, 0, size - self.length))
+        bucket = self.engine.buckets.choose("prefill", self.length)
+        padded = F.pad(embeds, (0, 0, 0, bucket[0] - self.length))
         last = torch.tensor([self.length - 1], dtype=torch.int32)
-        latents, logits, *keys_and_values = self.engine.run("prefill", size, self.length, padded, last)
+        latents, logits, *keys_and_values = self.engine.run("prefill", bucket, self.length, padded, last)
         for slot in range(row * copies, (row + 1) * copies):
             self.state.fill(slot, keys_and_values, self.length)
         return latents, logits
@@ -138,7 +137,7 @@ class Decoding:
         self.embeds = embeds
 
     def _step(self, embeds: Tensor) -> tuple[Tensor, Tensor]:
-        width = self.engine.plan.choose("decode", self.length + 1)
+        _, width = self.engine.buckets.choose("decode", self.slots, self.length + 1, exact=1)
         if width > self.state.positions:
             self.state.grow(width)
         spare = self.slots - self.rows

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from neuron_xtts.engine import Engine
 from neuron_xtts.errors import Fallback
 from neuron_xtts.target import check_state
+from neuron_xtts.weights import Stamp, stamp
 
 # A choice of ours: as many sentences as threads may have between generating and asking for latents.
 _REMEMBERED = 4
@@ -25,24 +26,19 @@ class LatentsMemo:
     """The latents of the latest generations, found by everything they depend on."""
 
     def __init__(self) -> None:
-        self._entries: deque[tuple[Any, tuple[Tensor, ...], Tensor]] = deque(maxlen=_REMEMBERED)
+        self._entries: deque[tuple[Stamp, tuple[Tensor, ...], Tensor]] = deque(maxlen=_REMEMBERED)
 
     def store(self, gpt: Any, cond_latents: Tensor, text_inputs: Tensor, codes: Tensor, latents: Tensor) -> None:
         """Remember ``latents`` (B, N, D). The inputs are copied: callers may write into theirs."""
         inputs = (cond_latents.clone(), text_inputs.clone(), codes.clone())
-        self._entries.append((weights_stamp(gpt), inputs, latents))
+        self._entries.append((stamp(gpt.parameters()), inputs, latents))
 
     def find(self, gpt: Any, *inputs: Tensor) -> Tensor | None:
         """The latents for conditioning latents, text and codes; None if they were not among the latest."""
-        for stamp, known, latents in reversed(self._entries):
+        for then, known, latents in reversed(self._entries):
             if all(a.shape == b.shape and torch.equal(a, b.to(a.dtype)) for a, b in zip(inputs, known, strict=True)):
-                return latents.clone() if stamp == weights_stamp(gpt) else None
+                return latents.clone() if then == stamp(gpt.parameters()) else None
         return None
-
-
-def weights_stamp(gpt: Any) -> tuple[tuple[int, int], ...]:
-    """Changes when a parameter of the GPT is replaced, moved or written to."""
-    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in gpt.parameters())
 
 
 def check_trunk(gpt: Any) -> None:
@@ -123,9 +119,9 @@ class LatentsRoute:
         code_embeds = gpt.mel_embedding(inputs) + gpt.mel_pos_embedding(inputs)
         embeds = torch.cat([cond_latents, embed_text(gpt, text), code_embeds], dim=1)
         length = embeds.shape[1]
-        size = self.engine.plan.choose("latents", length)
-        padded = F.pad(embeds, (0, 0, 0, size - length))
-        rows = [self.engine.run("latents", size, length, row)[0] for row in torch.split(padded, 1)]
+        bucket = self.engine.buckets.choose("latents", length)
+        padded = F.pad(embeds, (0, 0, 0, bucket[0] - length))
+        rows = [self.engine.run("latents", bucket, length, row)[0] for row in torch.split(padded, 1)]
         latents = torch.cat(rows)[:, length - codes.shape[1] : length]
         if not latents.isfinite().all():
             raise Fallback("latents that are not finite")

@@ -66,21 +66,25 @@ class VocoderRoute:
     def _windows(self, frames: Tensor, speaker: Tensor) -> Iterator[Tensor]:
         """Audio (1, 1, samples) of ``frames`` (1, D, T), window by window."""
         engine, total = self.engine, frames.shape[2]
-        sizes = engine.plan.vocoder
+        sizes = engine.buckets.sizes("vocoder")
         if sizes is None:
-            yield engine.run("vocoder", total, total, frames, speaker, None)[0]
+            yield engine.run("vocoder", (total,), total, frames, speaker, None)[0]
             return
-        size = next((size for size in sizes if size >= total), sizes[-1])
-        whole = size >= total
-        halo, core = (0, size) if whole else (engine.halo, size - 2 * engine.halo)
-        for start in range(0, total, core):
-            first, last = max(start - halo, 0), min(start + core + halo, total)
-            pad = (first - (start - halo), start + core + halo - last)
+        whole = next((size for size in sizes if size >= total), None)
+        start = 0
+        while start < total:
+            # The last window may be a smaller one.
+            fitting = (size for size in sizes if size - 2 * engine.halo >= total - start)
+            size, halo = (whole, 0) if whole else (next(fitting, sizes[-1]), engine.halo)
+            end = min(start + size - 2 * halo, total)
+            first, last = max(start - halo, 0), min(start + size - halo, total)
+            pad = (first - (start - halo), start + size - halo - last)
             mask = F.pad(frames.new_ones(1, 1, last - first), pad)
-            end = min(start + core, total)
-            (audio,) = engine.run("vocoder", size, end - start, F.pad(frames[:, :, first:last], pad), speaker, mask)
+            window = F.pad(frames[:, :, first:last], pad)
+            (audio,) = engine.run("vocoder", (size,), end - start, window, speaker, mask)
             hop = audio.shape[2] // size
             yield audio[:, :, halo * hop : (halo + end - start) * hop]
+            start = end
 
 
 def interpolate(decoder: Any, latents: Tensor) -> Tensor:

@@ -1,0 +1,294 @@
+"""The Neuron backend: artifacts of the store, loaded onto a NeuronCore, with the KV cache kept on the device."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuron_xtts.buckets import Bucket, BucketPlan, bucket_name
+from neuron_xtts.errors import ArtifactError, Fallback
+from neuron_xtts.graphs.transformer import Decode
+from neuron_xtts.precision import Precision
+from neuron_xtts.store import Artifact, Recipe, Store
+from neuron_xtts.verification import deviation
+from neuron_xtts.weights import Digester, stamp, tensors_of
+
+logger = logging.getLogger(__name__)
+
+# After so many errors in a row a graph is given up: every attempt costs the time up to the error. A choice of ours.
+_ERRORS = 3
+
+
+class NeuronBackend:
+    """Runs graphs on a NeuronCore. What the store lacks, and what fails to load or to verify, is `missing`.
+
+    Args:
+        graphs: by name, as the engine makes them.
+        plan: the buckets.
+        recipes: of every artifact that the plan needs.
+        precision: of the graphs.
+        store: where the artifacts are.
+        core: the NeuronCore, counted among those that the process may use.
+        machine: what to note as the place where artifacts were verified.
+    """
+
+    name = "neuron"
+
+    def __init__(
+        self,
+        graphs: Mapping[str, Any],
+        plan: BucketPlan,
+        recipes: Sequence[Recipe],
+        *,
+        precision: Precision,
+        store: Store,
+        core: int,
+        machine: str | None,
+    ) -> None:
+        self.graphs = graphs
+        self.plan = plan
+        self.precision = precision.name
+        self.missing: dict[tuple[str, Bucket], str] = {}
+        self._loaded: dict[tuple[str, Bucket], LoadedGraph] = {}
+        self._recipes = {recipe.graph: recipe for recipe in recipes}
+        self._stamps = {name: (stamp(tensors_of(graph)), True) for name, graph in graphs.items()}
+        for recipe in recipes:
+            try:
+                loaded = self._load(recipe, store, precision, core, machine)
+            except Exception as error:
+                self.missing[recipe.graph, recipe.bucket] = first_line(error)
+                logger.debug("%s %s", recipe.graph, recipe.bucket, exc_info=True)
+            else:
+                self._loaded[recipe.graph, recipe.bucket] = loaded
+        if self.missing:
+            lines = "".join(f"\n  {graph} {bucket_name(b)}: {reason}" for (graph, b), reason in self.missing.items())
+            logger.warning(
+                "%d of %d graphs are not to be had, and coqui-tts's own code serves their calls. Graphs that are not "
+                "compiled: neuron_xtts.compile(model), or neuron-xtts compile --checkpoint DIR%s",
+                len(self.missing),
+                len(recipes),
+                lines,
+            )
+
+    def _load(self, recipe: Recipe, store: Store, precision: Precision, core: int, machine: str | None) -> LoadedGraph:
+        artifact = store.find(recipe)
+        if artifact is None:
+            raise ArtifactError(store.explain(recipe))
+        if artifact.quarantined:
+            raise ArtifactError(artifact.quarantined)
+        try:
+            artifact.check()
+        except ArtifactError:
+            artifact.set_aside()
+            raise
+        loaded = LoadedGraph(artifact, recipe, core)
+        graph = self.graphs[recipe.graph]
+        if artifact.manifest["verification"]:
+            loaded.warm_up(graph)
+        else:
+            reason = verify(loaded, graph, artifact, recipe, precision, machine)
+            if reason:
+                raise ArtifactError(reason)
+        return loaded
+
+    def check(self, graph: str) -> None:
+        """See `Backend.check`."""
+        module = self.graphs[graph]
+        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in module.modules()):
+            raise Fallback("forward hooks")
+        if any("forward" in vars(layer) for layer in module.modules()):
+            raise Fallback("a forward method that somebody replaced")
+        now = stamp(tensors_of(module))
+        then, same = self._stamps[graph]
+        if now != then:
+            same = graph in self._recipes and Digester().digest(module) == self._recipes[graph].weights
+            self._stamps[graph] = now, same
+        if not same:
+            raise Fallback("weights changed")
+
+    def run(self, graph: str, bucket: Bucket, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        """See `Backend.run`."""
+        return self.call(graph, bucket, *(tensor for tensor in inputs if tensor is not None))
+
+    def call(self, graph: str, bucket: Bucket, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run a loaded graph; one that keeps failing is given up."""
+        loaded = self._loaded[graph, bucket]
+        try:
+            outputs = loaded(*inputs)
+        except Exception as error:
+            loaded.errors += 1
+            if loaded.errors == _ERRORS:
+                self.missing[graph, bucket] = f"given up after {_ERRORS} errors in a row: {first_line(error)}"
+                logger.warning("%s %s: %s", graph, bucket_name(bucket), self.missing[graph, bucket])
+            raise
+        loaded.errors = 0
+        return outputs
+
+    def new_state(self, rows: int, positions: int) -> NeuronState:
+        """See `Backend.new_state`. It takes the state of the loaded graph over from whoever used it before."""
+        return NeuronState(self, self._loaded, (rows, positions))
+
+
+class LoadedGraph:
+    """An artifact on a NeuronCore. One call at a time.
+
+    Args:
+        artifact: as the store found it.
+        recipe: what it was made by.
+        core: the NeuronCore.
+
+    Attributes:
+        states: its state on the device, in the order of the recipe's outputs.
+        owner: whoever put into the state what is there.
+        errors: how many calls failed since the last that did not.
+    """
+
+    def __init__(self, artifact: Artifact, recipe: Recipe, core: int) -> None:
+        import torch_neuronx
+
+        self.recipe = recipe
+        self.states: list[Tensor] = []
+        self.owner: object = None
+        self.errors = 0
+        self._lock = threading.Lock()
+        self._expected = [(dtype, shape) for _, dtype, shape in recipe.inputs]
+        with torch_neuronx.neuron_cores_context(start_nc=core, nc_count=1):
+            self._module: Any = torch.jit.load(str(artifact.model))  # type: ignore[no-untyped-call]
+        if recipe.states:
+            torch_neuronx.move_trace_to_device(self._module, core)
+            # Only now: the move has put new tensors in place of the old ones.
+            named = [(name, state) for name, state in self._module.named_parameters() if name.startswith("states.")]
+            self.states = [state for _, state in sorted(named, key=lambda item: _natural(item[0]))]
+            if len(self.states) != recipe.states:
+                raise ArtifactError(f"it has {len(self.states)} states, not {recipe.states}")
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run it. What a runtime says to inputs of another shape is not documented, so they are checked here."""
+        found = [(str(tensor.dtype), tuple(tensor.shape)) for tensor in inputs]
+        if found != self._expected:
+            raise ArtifactError(f"{self.recipe.graph} was given {found}; it was compiled for {self._expected}")
+        with self._lock:
+            outputs = self._module(*(tensor.contiguous() for tensor in inputs))
+        return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+    @torch.no_grad()
+    def write(self, contents: Sequence[Tensor]) -> None:
+        """Replace the state, whole tensors at a time: writing parts of a tensor on the device is not documented."""
+        with self._lock:
+            for state, tensor in zip(self.states, contents, strict=True):
+                state.copy_(tensor)
+
+    @torch.no_grad()
+    def read(self) -> list[Tensor]:
+        """The state, on the host."""
+        with self._lock:
+            return [state.detach().cpu() for state in self.states]
+
+    def warm_up(self, graph: Any) -> None:
+        """One call, so that the first real one does not pay for what the runtime sets up."""
+        self(*graph.example(*self.recipe.bucket).values())
+
+
+def verify(
+    loaded: LoadedGraph, graph: Any, artifact: Artifact, recipe: Recipe, precision: Precision, machine: str | None
+) -> str | None:
+    """Compare an artifact with the host and note the result in its manifest; returns the reason if it is wrong."""
+
+    def run(inputs: Sequence[Tensor], cache: Sequence[Tensor]) -> Sequence[Tensor]:
+        if cache:
+            loaded.write(cache)
+        outputs = loaded(*inputs)
+        return [*outputs[: len(outputs) - recipe.states], *loaded.read()]
+
+    found = deviation(run, graph, recipe.bucket)
+    reason = found.beyond(precision.tolerance(recipe.graph))
+    when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    note = {"error": found.error if reason is None else str(found.error), "pcc": found.pcc, "machine": machine}
+    artifact.record(verification=note | {"when": when}, quarantined=reason)
+    return reason
+
+
+class NeuronState:
+    """The state of a loaded decode graph while one call decodes; see `DecodeState`.
+
+    Prefill's keys and values are gathered on the host, and written whole before the first step.
+    """
+
+    def __init__(
+        self, backend: NeuronBackend, loaded: Mapping[tuple[str, Bucket], LoadedGraph], bucket: Bucket
+    ) -> None:
+        self._backend = backend
+        self._loaded = loaded
+        self._take(bucket)
+
+    def _take(self, bucket: Bucket) -> None:
+        """Become the owner of the graph of a bucket, with an empty cache."""
+        self._bucket = bucket
+        self._graph = self._loaded["decode", bucket]
+        self._graph.owner = self
+        decode: Decode = self._backend.graphs["decode"]
+        shape = (self._graph.recipe.states, *decode.cache_shape(*bucket))
+        # Zeros: what a slot holds must be finite, and the operating system hands out their memory as it is written.
+        self._pending: Tensor | None = torch.zeros(shape, dtype=decode.head.weight.dtype)
+
+    @property
+    def positions(self) -> int:
+        """See `DecodeState.positions`."""
+        return self._bucket[1]
+
+    def fill(self, row: int, keys_and_values: Sequence[Tensor], length: int) -> None:
+        """See `DecodeState.fill`."""
+        if self._pending is None:
+            raise RuntimeError("rows are filled before the first step")
+        for slots, tensor in zip(self._pending[:, row], keys_and_values, strict=True):
+            slots[:, :length] = tensor[0, :, :length].cpu()
+
+    def grow(self, positions: int) -> None:
+        """See `DecodeState.grow`."""
+        contents, length = self._read(), self.positions
+        self._take((self._bucket[0], positions))
+        assert self._pending is not None
+        for slots, tensor in zip(self._pending, contents, strict=True):
+            slots[:, :, :length] = tensor
+
+    def step(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """See `DecodeState.step`."""
+        self._check_owner()
+        if self._pending is not None:
+            self._graph.write(list(self._pending))
+            self._pending = None
+        latents, logits, *_ = self._backend.call("decode", self._bucket, embeds, positions, mask)
+        return latents, logits
+
+    def prefix(self, row: int, length: int) -> list[tuple[Tensor, Tensor]]:
+        """See `DecodeState.prefix`."""
+        rows = [tensor[row, :, :length] for tensor in self._read()]
+        blocks = len(rows) // 2
+        return list(zip(rows[:blocks], rows[blocks:], strict=True))
+
+    def _read(self) -> list[Tensor]:
+        self._check_owner()
+        return list(self._pending) if self._pending is not None else self._graph.read()
+
+    def _check_owner(self) -> None:
+        if self._graph.owner is not self:
+            raise Fallback("another call took over the decode graph")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough to be a reason."""
+    name = "" if isinstance(error, ArtifactError) else f"{type(error).__name__}: "
+    return f"{name}{error}".strip().partition("\n")[0][:200]
+
+
+def _natural(name: str) -> list[int | str]:
+    """A sort key that puts ``states.10`` after ``states.9``."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

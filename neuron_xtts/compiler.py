@@ -1,0 +1,467 @@
+"""Compile jobs: a subprocess for each graph, limited by memory and time; what comes out goes to the store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from neuron_xtts import graphs as graph_sources
+from neuron_xtts.buckets import Bucket, BucketPlan, bucket_name
+from neuron_xtts.device import TARGET_VARIABLE, Neuron
+from neuron_xtts.errors import NeuronXttsError
+from neuron_xtts.graphs.transformer import Decode
+from neuron_xtts.lowering import Lowering, traceable
+from neuron_xtts.precision import Precision, has_small_kernel_defect
+from neuron_xtts.report import table
+from neuron_xtts.store import LOG, MODEL, Recipe, Store, write_json
+from neuron_xtts.version import __version__
+from neuron_xtts.weights import Digester, tensors_of
+from neuron_xtts.worker import RESULT, Job
+
+# What a job may need beside the graph's weights, and how often it holds these: in torch, in the program's text, in the
+# compiler. Guesses on the safe side; neuronx-cc's own documentation gives no figures.
+_BASE_BYTES = 2 << 30
+_COPIES = 6
+
+TIMEOUT = 3600.0  # seconds for one graph; the longest reported compilation of a graph of this size took ten minutes
+_TAIL = 20  # lines of a log that are shown
+
+
+class JobError(NeuronXttsError):
+    """A job failed; the message has the last lines of its log."""
+
+
+@dataclass
+class Entry:
+    """What became of one graph in one bucket.
+
+    Attributes:
+        graph: its name.
+        bucket: its sizes.
+        status: ``compiled``, ``found`` (it was there already), ``failed`` or ``quarantined``.
+        seconds: it took.
+        bytes: of the artifact.
+        reason: why it failed or must not be used.
+        log: the compiler's log.
+    """
+
+    graph: str
+    bucket: Bucket
+    status: str
+    seconds: float = 0.0
+    bytes: int = 0
+    reason: str | None = None
+    log: Path | None = None
+
+
+@dataclass
+class CompileSummary:
+    """What `compile` did; ``print`` it.
+
+    Attributes:
+        entries: one for each graph and bucket.
+        missing: graphs that cannot be had for this model, with the reason.
+        store: the folder of the artifacts; None where nothing needs to be compiled.
+        weights: how much was read to identify the weights, and how fast.
+        seconds: all of it.
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+    store: Path | None = None
+    weights: Digester = field(default_factory=Digester)
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether every graph can be used."""
+        return all(entry.status in ("compiled", "found") for entry in self.entries)
+
+    def __str__(self) -> str:
+        if self.store is None:
+            return "The host backend needs no compilation."
+        rows = [
+            (e.graph, bucket_name(e.bucket), e.status, f"{e.seconds:.1f} s", f"{e.bytes / 1e6:.1f} MB")
+            for e in self.entries
+        ]
+        failures = [
+            f"{e.graph} {bucket_name(e.bucket)}: {e.reason}" + (f"\nlog: {e.log}" if e.log else "")
+            for e in self.entries
+            if e.reason
+        ]
+        missing = [f"no {graph} graph: {reason}" for graph, reason in self.missing.items()]
+        head = f"{self.store}, in {self.seconds:.1f} s; {self.weights}"
+        return "\n\n".join([table(("graph", "bucket", "", "took", "size"), rows), *failures, *missing, head])
+
+
+def make_recipes(
+    graphs: Mapping[str, Any], plan: BucketPlan, precision: Precision, neuron: Neuron, digester: Digester
+) -> list[Recipe]:
+    """What the artifacts of a plan are made by, one recipe for each graph and bucket.
+
+    Args:
+        graphs: by name, as the engine makes them.
+        plan: the buckets; a dimension without sizes is an error.
+        precision: of the graphs.
+        neuron: what there is of Neuron, with a target.
+        digester: of the weights.
+    """
+    assert neuron.target is not None
+    compiler = neuron.versions["neuronx-cc"]
+    versions = {"torch": torch.__version__, **{name: neuron.versions[name] for name in ("torch-neuronx", "neuronx-cc")}}
+    source = source_digest()
+    recipes = []
+    for name, graph in graphs.items():
+        buckets = plan.buckets(name)
+        weights = digester.digest(graph) if buckets else ""
+        for bucket in buckets:
+            inputs = graph.example(*bucket)
+            recipes.append(
+                Recipe(
+                    graph=name,
+                    bucket=bucket,
+                    source=source,
+                    inputs=tuple((key, str(tensor.dtype), tuple(tensor.shape)) for key, tensor in inputs.items()),
+                    states=2 * len(graph.trunk.h) if isinstance(graph, Decode) else 0,
+                    weights=weights,
+                    precision=precision.name,
+                    arguments=precision.compiler_arguments(name, neuron.target, compiler),
+                    target=neuron.target,
+                    versions=versions,
+                )
+            )
+    return recipes
+
+
+def source_digest() -> str:
+    """Of the code that graphs are made by."""
+    folder = Path(graph_sources.__file__).parent
+    files = [*sorted(folder.glob("*.py")), folder.parent / "lowering.py"]
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
+
+
+class Jobs:
+    """Subprocesses, as many at a time as memory allows. A context manager: at its end, all of them are gone.
+
+    Args:
+        scratch: a folder for their files.
+        graphs: by name, as the engine makes them.
+        workers: how many at a time, whatever the memory; None for half of the processors.
+        timeout: seconds for one.
+        fill: as for `traceable`.
+    """
+
+    def __init__(
+        self, scratch: Path, graphs: Mapping[str, Any], *, workers: int | None, timeout: float, fill: bool
+    ) -> None:
+        self.scratch = scratch
+        self.timeout = timeout
+        self.pool = ThreadPoolExecutor(workers or max(1, (os.cpu_count() or 2) // 2))
+        self.graphs = scratch / "graphs.pt"
+        modules = traceable(graphs, fill=fill)
+        try:
+            # In a folder of this process alone, and gone with it. One file: shared weights are written once.
+            torch.save(modules, self.graphs)
+        except (AttributeError, TypeError) as error:
+            raise JobError(
+                f"the graphs cannot be handed to another process ({error}): remove hooks and replaced layers from the "
+                "model, and compile again"
+            ) from error
+        self.bytes = {name: sum(t.numel() * t.element_size() for t in tensors_of(m)) for name, m in modules.items()}
+        self._memory = MemoryLimit(None if workers else available_memory())
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopped = False
+        self._lock = threading.Lock()
+        self._number = iter(range(1 << 30))
+
+    def __enter__(self) -> Jobs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                _kill(process)
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def run(self, mode: str, graph: str, bucket: Bucket, environment: Mapping[str, str], **options: Any) -> Result:
+        """Run one job to its end.
+
+        Raises:
+            JobError: it failed, died or took too long.
+        """
+        folder = self.scratch / f"{next(self._number)}-{mode}"
+        folder.mkdir()
+        job = Job(mode, graph, list(bucket), str(self.graphs), str(folder), **options)
+        write_json(folder / "job.json", asdict(job))
+        with self._memory.taken(_BASE_BYTES + _COPIES * self.bytes[graph]):
+            start = time.monotonic()
+            status = self._process(folder, environment)
+        try:
+            data: dict[str, Any] = json.loads((folder / RESULT).read_text())
+            problem = data.get("error")
+        except OSError:
+            data, problem = {}, _death(status, self.timeout)
+        if problem:
+            raise JobError(f"{mode}: {problem}\n{_tail(folder / LOG)}", folder / LOG)
+        return Result(folder, data, time.monotonic() - start)
+
+    def _process(self, folder: Path, environment: Mapping[str, str]) -> int | None:
+        """The exit status of a worker; None if it was stopped for taking too long."""
+        with (folder / LOG).open("wb") as log, self._lock:
+            if self._stopped:
+                raise JobError("stopped")
+            process = subprocess.Popen(
+                [sys.executable, "-m", "neuron_xtts.worker", str(folder / "job.json")],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=folder,  # the compiler leaves folders wherever it is started
+                env=_environment() | dict(environment),
+                start_new_session=True,  # so that the compiler's own processes can be ended with it
+            )
+            self._running.add(process)
+        try:
+            return process.wait(self.timeout)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            _kill(process)
+            with self._lock:
+                self._running.discard(process)
+
+
+@dataclass
+class Result:
+    """What a job left: its folder, what it said, and the seconds it took."""
+
+    folder: Path
+    data: dict[str, Any]
+    seconds: float
+
+
+class MemoryLimit:
+    """Lets jobs start while there is memory for them; one may always run.
+
+    Args:
+        limit: bytes; None for no limit.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self._used: list[int] = []
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, needed: int) -> Iterator[None]:
+        """Wait until there is room for a job, and hold it."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self.limit is None or not self._used or sum(self._used) + needed <= self.limit
+            )
+            self._used.append(needed)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used.remove(needed)
+                self._changed.notify_all()
+
+
+def lower_all(
+    graphs: Mapping[str, Any], plan: BucketPlan, scratch: Path, *, progress: bool, workers: int | None = None
+) -> list[Lowering]:
+    """Lower every graph in every bucket, each in a process of its own.
+
+    Args:
+        graphs: by name, as the engine makes them.
+        plan: the buckets.
+        scratch: an empty folder.
+        progress: show a bar.
+        workers: processes at a time.
+
+    Raises:
+        JobError: one died; the message says why.
+    """
+    buckets = [(name, bucket) for name in graphs for bucket in plan.buckets(name)]
+    with Jobs(scratch, graphs, workers=workers, timeout=TIMEOUT, fill=False) as jobs:
+        futures = [jobs.pool.submit(jobs.run, "lower", *bucket, _ON_HOST) for bucket in buckets]
+        for _ in tqdm(as_completed(futures), total=len(futures), desc="lowering", unit="graph", disable=not progress):
+            pass
+        return [Lowering(**future.result().data) for future in futures]
+
+
+# The frontend's own CPU device: lowering must not need, or take, a NeuronCore.
+_ON_HOST = {"PJRT_DEVICE": "CPU"}
+
+
+def compile_all(
+    graphs: Mapping[str, Any],
+    recipes: Sequence[Recipe],
+    store: Store,
+    *,
+    precision: Precision,
+    neuron: Neuron,
+    progress: bool,
+    workers: int | None = None,
+    timeout: float = TIMEOUT,
+) -> list[Entry]:
+    """Make the artifacts that the store lacks.
+
+    Args:
+        graphs: by name, as the engine makes them.
+        recipes: of the artifacts.
+        store: where they go.
+        precision: for the tolerance, where there is a device to verify them on.
+        neuron: what there is of Neuron.
+        progress: show a bar.
+        workers: processes at a time; None for as many as memory and processors allow.
+        timeout: seconds for one graph.
+    """
+    entries = [_found(recipe, store) for recipe in recipes]
+    wanted = [i for i, entry in enumerate(entries) if entry is None]
+    if wanted:
+        fill = has_small_kernel_defect(neuron.versions["neuronx-cc"])
+        with (
+            store.scratch() as scratch,
+            Jobs(scratch, graphs, workers=workers, timeout=timeout, fill=fill) as jobs,
+            tqdm(total=len(wanted), desc="compiling", unit="graph", disable=not progress) as bar,
+        ):
+            # Those with most weights first, so that the last to finish is a short one.
+            wanted.sort(key=lambda i: -jobs.bytes[recipes[i].graph])
+            futures = {jobs.pool.submit(_compile, jobs, recipes[i], store): i for i in wanted}
+            for future in as_completed(futures):
+                entry = entries[futures[future]] = future.result()
+                bar.set_postfix_str(f"{entry.graph} {bucket_name(entry.bucket)} {entry.status}")
+                bar.update()
+            if not list(neuron.device_problems()):
+                for i in wanted:
+                    _verify(jobs, recipes[i], store, precision, neuron, entries[i])
+    return [entry for entry in entries if entry is not None]
+
+
+def _found(recipe: Recipe, store: Store) -> Entry | None:
+    artifact = store.find(recipe)
+    if artifact is None:
+        return None
+    status = "quarantined" if artifact.quarantined else "found"
+    reason = f"{artifact.quarantined}; neuron-xtts graphs --prune removes it" if artifact.quarantined else None
+    return Entry(recipe.graph, recipe.bucket, status, bytes=artifact.manifest["bytes"], reason=reason)
+
+
+def _compile(jobs: Jobs, recipe: Recipe, store: Store) -> Entry:
+    with store.lock(recipe):
+        if entry := _found(recipe, store):  # another process was faster
+            return entry
+        start = time.monotonic()
+        try:
+            lowered = jobs.run("lower", recipe.graph, recipe.bucket, _ON_HOST)
+            if problems := Lowering(**lowered.data).problems:
+                raise JobError("lower: " + "; ".join(problems))
+            done = jobs.run(
+                "compile",
+                recipe.graph,
+                recipe.bucket,
+                {TARGET_VARIABLE: recipe.target},
+                arguments=list(recipe.arguments),
+            )
+        except JobError as error:
+            seconds = time.monotonic() - start
+            return Entry(recipe.graph, recipe.bucket, "failed", seconds, reason=str(error.args[0]),
+                         log=_keep_log(error, recipe, store))  # fmt: skip
+        folder = done.folder / "artifact"
+        folder.mkdir()
+        for name in (MODEL, LOG):
+            (done.folder / name).rename(folder / name)
+        facts = {"created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": done.seconds, "neuron_xtts": __version__}
+        artifact = store.publish(folder, recipe, **facts)
+        seconds = time.monotonic() - start
+        return Entry(recipe.graph, recipe.bucket, "compiled", seconds, artifact.manifest["bytes"])
+
+
+def _keep_log(error: JobError, recipe: Recipe, store: Store) -> Path | None:
+    if len(error.args) < 2:
+        return None
+    folder = store.root / "logs"
+    folder.mkdir(exist_ok=True)
+    return Path(shutil.copy(error.args[1], folder / f"{recipe.name}.log"))
+
+
+def _verify(
+    jobs: Jobs, recipe: Recipe, store: Store, precision: Precision, neuron: Neuron, entry: Entry | None
+) -> None:
+    """Verify an artifact on the device, if it can be had now; else `patch` does, when it loads it first."""
+    if entry is None or entry.status != "compiled":
+        return
+    environment = {} if os.environ.get("NEURON_RT_VISIBLE_CORES") else {"NEURON_RT_NUM_CORES": "1"}
+    try:
+        done = jobs.run(
+            "verify",
+            recipe.graph,
+            recipe.bucket,
+            environment,
+            recipe=recipe.plain(),
+            store=str(store.root),
+            precision={"name": precision.name, "arguments": dict(precision.arguments)},
+            machine=neuron.instance,
+        )
+    except JobError as error:
+        entry.reason = f"not verified yet, patch() will: {error.args[0]}"
+        return
+    if done.data["reason"]:
+        entry.status, entry.reason = "quarantined", done.data["reason"]
+
+
+def _environment() -> dict[str, str]:
+    """This process's, with its module path, and with the folder where pip puts neuronx-cc beside Python."""
+    scripts = str(Path(sys.executable).parent)
+    return os.environ | {
+        "PATH": os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)]),
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _death(status: int | None, timeout: float) -> str:
+    if status is None:
+        return f"stopped after {timeout:.0f} s; a longer limit: neuron-xtts compile --timeout SECONDS"
+    if status == -signal.SIGKILL:
+        return "killed, probably for want of memory: fewer jobs at a time (--jobs 1), or more memory"
+    if status < 0:
+        return f"died of {signal.Signals(-status).name}"
+    return f"exited with status {status} and left no result"
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    return "\n".join(f"  | {line}" for line in lines[-_TAIL:])
+
+
+def available_memory() -> int | None:
+    """Bytes that the operating system says can be had; None if it does not say."""
+    try:
+        lines: Iterable[str] = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)

@@ -1,0 +1,162 @@
+"""The doctor: everything a bug report needs, and the traps that users of Neuron and coqui-tts fall into, by name."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from neuron_xtts.buckets import bucket_name
+from neuron_xtts.device import PACKAGES, Neuron, find_neuron
+from neuron_xtts.engine import make_graphs
+from neuron_xtts.options import Options
+from neuron_xtts.report import table
+from neuron_xtts.store import Store
+from neuron_xtts.target import SUPPORTED
+from neuron_xtts.version import __version__
+
+_OTHERS = ("torchaudio", "torchcodec", "torch-xla", "wrapt", "six")
+_VARIABLES = (
+    "NEURON_RT_VISIBLE_CORES",
+    "NEURON_RT_NUM_CORES",
+    "NEURON_PLATFORM_TARGET_OVERRIDE",
+    "NEURON_CC_FLAGS",
+    "NEURON_XTTS_CACHE",
+    "NEURON_XTTS_DISABLE",
+)
+
+
+def examine(store: Store, model: Any = None, options: Options | None = None) -> tuple[str, list[str]]:
+    """Everything worth knowing, and the problems found.
+
+    Args:
+        store: to look into.
+        model: an ``Xtts`` whose graphs to look for; None for none.
+        options: of the patch to look for them for.
+    """
+    neuron = find_neuron()
+    problems = [*_version_problems(), *_traps()]
+    if neuron.there:
+        problems += [*neuron.package_problems(), *neuron.device_problems()]
+    sections = [
+        f"neuron_xtts {__version__}, Python {platform.python_version()}, {platform.platform()}",
+        table(("package", "installed", "supported"), list(_packages(neuron))),
+        table(("Neuron", ""), list(_hardware(neuron))),
+        table(("store", ""), list(_store(store))),
+    ]
+    if model is not None and options is not None and options.neuron is not None:
+        sections.append(table(("graph", "bucket", "state"), list(_graphs(model, options))))
+    return "\n\n".join(sections), problems
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _packages(neuron: Neuron) -> Iterator[tuple[str, ...]]:
+    for package, supported in SUPPORTED.items():
+        yield package, _installed(package) or "-", supported
+    for package in _OTHERS:
+        yield package, _installed(package) or "-", ""
+    for package, supported in zip(PACKAGES, (">=2.8", ">=2.21", ""), strict=True):
+        yield package, neuron.versions.get(package, "-"), supported
+
+
+def _hardware(neuron: Neuron) -> Iterator[tuple[str, ...]]:
+    if not neuron.there:
+        yield "nothing of Neuron is here", "graphs run on the host"
+        return
+    yield "instance", neuron.instance or "unknown"
+    yield "compiler target", neuron.target or "none"
+    yield "driver", "loaded" if neuron.driver else "not loaded"
+    yield "devices", str(neuron.devices)
+    yield "NeuronCores for this process", str(neuron.cores)
+    for name in _VARIABLES:
+        if name in os.environ:
+            yield name, os.environ[name]
+
+
+def _store(store: Store) -> Iterator[tuple[str, ...]]:
+    artifacts = list(store)
+    yield "folder", str(store.root)
+    yield "artifacts", str(len(artifacts))
+    yield "of them verified on a device", str(sum(bool(a.manifest["verification"]) for a in artifacts))
+    yield "of them quarantined", str(sum(a.quarantined is not None for a in artifacts))
+    yield "size", f"{sum(a.manifest['bytes'] for a in artifacts) / 1e9:.2f} GB"
+    there = next(path for path in (store.root, *store.root.parents) if path.exists())
+    yield "free on that disk", f"{shutil.disk_usage(there).free / 1e9:.1f} GB"
+
+
+def _graphs(model: Any, options: Options) -> Iterator[tuple[str, ...]]:
+    """The state of every graph that a patch with these options would load."""
+    from neuron_xtts.compiler import make_recipes
+    from neuron_xtts.weights import Digester
+
+    assert options.neuron is not None
+    graphs, missing = make_graphs(model.gpt, model.hifigan_decoder)
+    for recipe in make_recipes(graphs, options.static_plan, options.precision, options.neuron, Digester()):
+        artifact = options.store.find(recipe)
+        if artifact is None:
+            state = options.store.explain(recipe)
+        elif artifact.quarantined:
+            state = f"quarantined: {artifact.quarantined}"
+        else:
+            state = "ready" if artifact.manifest["verification"] else "ready, not yet verified on a device"
+        yield recipe.graph, bucket_name(recipe.bucket), state
+    for graph, reason in missing.items():
+        yield graph, "", reason
+
+
+def _version_problems() -> Iterator[str]:
+    for package, supported in SUPPORTED.items():
+        installed = _installed(package)
+        if installed is None:
+            yield f'{package} is not installed: pip install "{package}{supported}"'
+        elif not SpecifierSet(supported).contains(installed, prereleases=True):
+            yield f'{package} {installed} is not supported: pip install "{package}{supported}"'
+
+
+def _traps() -> Iterator[str]:
+    """What is known to go wrong with these packages, if it did."""
+    coqui, transformers = _installed("coqui-tts"), _installed("transformers")
+    if coqui and transformers and Version(transformers) >= Version("5") and Version(coqui) < Version("0.27.5"):
+        yield (
+            f"coqui-tts {coqui} does not work with transformers {transformers} (ImportError: cannot import name "
+            "'isin_mps_friendly'): pip install \"transformers<5\", or a newer coqui-tts; or this is not the virtual "
+            f"environment you meant ({sys.prefix})"
+        )
+    if _installed("six") is None:
+        yield "six is not installed, which coqui-tts imports without saying so: pip install six"
+    torch, neuronx = _installed("torch"), _installed("torch-neuronx")
+    if (
+        torch
+        and neuronx
+        and Version(neuronx) > Version("2")
+        and Version(torch).release[:2] != Version(neuronx).release[:2]
+    ):
+        yield (
+            f"torch {torch} and torch-neuronx {neuronx} do not go together, another package has replaced torch: "
+            f'pip install "torch=={".".join(map(str, Version(neuronx).release[:2]))}.*"'
+        )
+    for module in ("torch_xla", "torch_neuronx") if neuronx else ():
+        yield from _import_problem(module)
+    yield from _import_problem("TTS.api")
+
+
+def _import_problem(module: str) -> Iterator[str]:
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+        yield f"import {module} fails: {text}"

@@ -1,0 +1,122 @@
+"""The options of `patch` and `compile`: checked before anything is touched, and turned into a backend."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from neuron_xtts.backends import Backend
+from neuron_xtts.buckets import BucketPlan
+from neuron_xtts.device import TARGET_VARIABLE, TARGETS, Neuron, find_neuron
+from neuron_xtts.errors import NeuronMissingError
+from neuron_xtts.precision import HOST_PRECISIONS, NEURON_PRECISIONS, Precision
+from neuron_xtts.store import Store
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options that have been checked.
+
+    Attributes:
+        neuron: what there is of Neuron; None if graphs run on the host.
+        core: the NeuronCore.
+        precision: of the graphs.
+        plan: the buckets the user asked for; None for the backend's default.
+        store: of compiled graphs.
+    """
+
+    neuron: Neuron | None
+    core: int
+    precision: Precision
+    plan: BucketPlan | None
+    store: Store
+
+    @classmethod
+    def make(
+        cls,
+        backend: str,
+        precision: str | Precision,
+        buckets: BucketPlan | None,
+        store: str | os.PathLike[str] | None,
+        *,
+        to_run: bool,
+        target: str | None = None,
+    ) -> Options:
+        """Check the options of `patch` (``to_run``) or `compile`; they and the errors are described there."""
+        name = re.fullmatch(r"(auto|cpu|neuron)(?::(\d+))?", backend)
+        if name is None or (name[2] and name[1] != "neuron"):
+            raise ValueError(f"backend={backend!r} does not exist; choose one of 'auto', 'cpu', 'neuron', 'neuron:N'")
+        if target is not None and target not in TARGETS:
+            raise ValueError(f"target={target!r} does not exist; choose one of {', '.join(map(repr, TARGETS))}")
+        if buckets is not None and not isinstance(buckets, BucketPlan):
+            raise TypeError(f"buckets must be a neuron_xtts.BucketPlan or None, got a {type(buckets).__name__}")
+        neuron: Neuron | None = None
+        if name[1] != "cpu":
+            neuron = find_neuron()
+            neuron = replace(neuron, target=target or neuron.target)
+            problems = [*neuron.package_problems(), *(neuron.device_problems() if to_run else ())]
+            if problems and name[1] == "neuron":
+                raise NeuronMissingError("backend='neuron': " + "; ".join(problems))
+            if problems:
+                neuron = None
+        core = int(name[2] or 0)
+        if neuron is not None:
+            _check_neuron(neuron, core, buckets, to_run)
+        known = HOST_PRECISIONS if neuron is None else NEURON_PRECISIONS
+        if isinstance(precision, str):
+            if precision not in known:
+                where = "the host" if neuron is None else "Neuron"
+                raise ValueError(f"precision={precision!r} does not exist on {where}; choose one of {_list(known)}")
+            precision = Precision(precision)
+        elif precision.name not in known:
+            raise ValueError(f"precision {precision.name!r} does not exist on the host; choose one of {_list(known)}")
+        return cls(neuron, core, precision, buckets, Store(store))
+
+    @property
+    def static_plan(self) -> BucketPlan:
+        """The buckets on Neuron."""
+        return self.plan or BucketPlan.static()
+
+    def make_backend(self, graphs: Mapping[str, Any]) -> Backend:
+        """The backend, with its graphs loaded."""
+        if self.neuron is None:
+            from neuron_xtts.backends.cpu import CpuBackend
+
+            return CpuBackend(graphs, self.plan)
+        from neuron_xtts.backends.neuron import NeuronBackend
+        from neuron_xtts.compiler import make_recipes
+        from neuron_xtts.weights import Digester
+
+        recipes = make_recipes(graphs, self.static_plan, self.precision, self.neuron, Digester())
+        return NeuronBackend(
+            graphs,
+            self.static_plan,
+            recipes,
+            precision=self.precision,
+            store=self.store,
+            core=self.core,
+            machine=self.neuron.instance,
+        )
+
+
+def _check_neuron(neuron: Neuron, core: int, buckets: BucketPlan | None, to_run: bool) -> None:
+    if neuron.target is None:
+        raise NeuronMissingError(
+            f"this machine ({neuron.instance or 'of unknown type'}) is no Neuron instance, so the compiler needs the "
+            f"name of one: compile(model, target='inf2'), neuron-xtts compile --target inf2, or {TARGET_VARIABLE}=inf2"
+        )
+    if to_run and core >= neuron.cores:
+        raise ValueError(f"backend='neuron:{core}': this process may use {neuron.cores} NeuronCores, counted from 0")
+    exact = [field.name for field in fields(BucketPlan) if buckets and getattr(buckets, field.name) is None]
+    if exact:
+        raise ValueError(
+            f"BucketPlan.{exact[0]} is None, which means exact shapes; compiled graphs need sizes. Start from "
+            f"BucketPlan.static(), such as dataclasses.replace(BucketPlan.static(), decode=(512,)), or () for no graph"
+        )
+
+
+def _list(names: tuple[str, ...]) -> str:
+    return ", ".join(map(repr, names))

@@ -1,0 +1,109 @@
+"""Precisions: what each means for each graph on each backend, and how far its results may be off."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from packaging.version import Version
+
+TRANSFORMER_GRAPHS = ("prefill", "decode", "latents")
+GRAPHS = (*TRANSFORMER_GRAPHS, "vocoder", "conditioning")
+
+# neuronx-cc's flags for automatic casts, always stated: their defaults changed with 2.22.
+_EXACT = ("--auto-cast=none",)
+_MATMULT_BF16 = ("--auto-cast=matmult", "--auto-cast-type=bf16")
+_ALL_BF16 = ("--auto-cast=all", "--auto-cast-type=bf16")
+
+# The transformer, the vocoder, the conditioning encoder.
+_CASTS = {
+    "fp32": (_EXACT, _EXACT, _EXACT),
+    "bf16": (_MATMULT_BF16, _EXACT, _EXACT),
+    # As in the first published XTTS on inf2, which cast everything but left conditioning on the CPU.
+    "bf16-all": (_ALL_BF16, _ALL_BF16, _EXACT),
+}
+
+HOST_PRECISIONS = ("fp32",)
+NEURON_PRECISIONS = tuple(_CASTS)
+
+# Compilers before this one compute a convolution wrongly, without a word, if its kernel is smaller than its dilation
+# (release notes of Neuron 2.30).
+SMALL_KERNELS_FIXED = Version("2.25")
+# The first to know these flags, and to announce that 64-bit integers will become errors without them.
+_INT64_FLAGS_SINCE = Version("2.27")
+_INT64_FLAGS = ("--native-int64=disabled", "--implicit-integer-downcast=all")
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a compiled graph may be from the same graph on the host. A choice of ours, not yet tried on a device.
+
+    Attributes:
+        error: largest difference, as a share of the largest value of that output.
+        pcc: smallest Pearson correlation.
+    """
+
+    error: float
+    pcc: float
+
+
+_TOLERANCES = {_EXACT: Tolerance(5e-3, 0.9999), _MATMULT_BF16: Tolerance(0.1, 0.995), _ALL_BF16: Tolerance(0.2, 0.98)}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A precision by name, and what the user wants otherwise for single graphs.
+
+    Attributes:
+        name: ``"fp32"``, ``"bf16"`` (matrix products of the GPT in bf16) or ``"bf16-all"`` (everything in GPT and
+            vocoder in bf16).
+        arguments: neuronx-cc's arguments to add, by graph, such as ``{"vocoder": "-O2"}``; the last of several that
+            contradict each other wins.
+    """
+
+    name: str = "fp32"
+    arguments: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in _CASTS:
+            raise ValueError(f"precision {self.name!r} does not exist; choose one of {', '.join(map(repr, _CASTS))}")
+        for graph, arguments in self.arguments.items():
+            if graph not in GRAPHS:
+                raise ValueError(f"there is no graph {graph!r}; choose one of {', '.join(map(repr, GRAPHS))}")
+            if not isinstance(arguments, str):
+                raise TypeError(f"compiler arguments of {graph} must be a string, got a {type(arguments).__name__}")
+        object.__setattr__(self, "arguments", dict(self.arguments))
+
+    def casts(self, graph: str) -> tuple[str, ...]:
+        """The flags for automatic casts of one graph."""
+        transformer, vocoder, conditioning = _CASTS[self.name]
+        return transformer if graph in TRANSFORMER_GRAPHS else vocoder if graph == "vocoder" else conditioning
+
+    def compiler_arguments(self, graph: str, target: str, compiler: str) -> tuple[str, ...]:
+        """What neuronx-cc is given.
+
+        Args:
+            graph: its name.
+            target: one of `device.TARGETS`.
+            compiler: version of neuronx-cc.
+        """
+        arguments = [f"--target={target}"]
+        arguments.append(f"--model-type={'generic' if graph in ('vocoder', 'conditioning') else 'transformer'}")
+        arguments += self.casts(graph)
+        if graph == "vocoder" and target == "inf2":
+            arguments.append("--optlevel=1")  # at 2, long convolutions of vocoders do not fit the core's buffers
+        if Version(compiler) >= _INT64_FLAGS_SINCE:
+            arguments += _INT64_FLAGS
+        return (*arguments, *self.arguments.get(graph, "").split())
+
+    def tolerance(self, graph: str) -> Tolerance:
+        """How far a compiled graph may be off. Casts that the user added loosen it, those taken away do not tighten."""
+        added = re.search(r"--auto-cast[= ](all|matmult)", self.arguments.get(graph, ""))
+        casts = {"all": _ALL_BF16, "matmult": _MATMULT_BF16}[added[1]] if added else self.casts(graph)
+        return _TOLERANCES[casts]
+
+
+def has_small_kernel_defect(compiler: str) -> bool:
+    """Whether this neuronx-cc computes convolutions wrongly whose kernel is smaller than their dilation."""
+    return Version(compiler) < SMALL_KERNELS_FIXED

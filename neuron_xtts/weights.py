@@ -1,0 +1,61 @@
+"""What a graph's weights are: a cheap stamp that says whether they may have changed, and a digest that says what."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+Stamp = tuple[tuple[int, int], ...]
+
+
+def stamp(tensors: Iterable[Tensor]) -> Stamp:
+    """Changes when one of ``tensors`` is replaced, moved or written to (but not through ``tensor.data``)."""
+    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, in a fixed order."""
+    return [*module.parameters(), *module.buffers()]
+
+
+@dataclass
+class Digester:
+    """SHA-256 digests of modules. Tensors that graphs share, as they share the trunk, are read once.
+
+    Attributes:
+        bytes_read: of weights.
+        seconds: it took.
+    """
+
+    bytes_read: int = 0
+    seconds: float = 0.0
+    _known: dict[tuple[int, int], str] = field(default_factory=dict)
+
+    def digest(self, module: nn.Module) -> str:
+        """Of everything a compiled program would contain of ``module``: its layers, their settings and weights."""
+        start = time.perf_counter()
+        layers = [(name, type(layer).__name__, layer.extra_repr()) for name, layer in module.named_modules()]
+        tensors = [(name, self._tensor(tensor)) for name, tensor in module.state_dict(keep_vars=True).items()]
+        self.seconds += time.perf_counter() - start
+        return hashlib.sha256(json.dumps([layers[1:], tensors]).encode()).hexdigest()
+
+    def _tensor(self, tensor: Tensor) -> str:
+        (key,) = stamp([tensor])
+        if key not in self._known:
+            data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+            head = f"{tensor.dtype} {tuple(tensor.shape)} "
+            digest = hashlib.sha256(head.encode())
+            digest.update(data.numpy().data)
+            self.bytes_read += data.numel()
+            self._known[key] = digest.hexdigest()
+        return self._known[key]
+
+    def __str__(self) -> str:
+        rate = self.bytes_read / self.seconds if self.seconds else 0.0
+        return f"{self.bytes_read / 1e6:.0f} MB of weights read in {self.seconds:.2f} s ({rate / 1e9:.2f} GB/s)"
