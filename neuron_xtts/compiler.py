@@ -27,7 +27,7 @@ from neuron_xtts.device import TARGET_VARIABLE, Neuron
 from neuron_xtts.errors import NeuronXttsError
 from neuron_xtts.graphs.transformer import Decode
 from neuron_xtts.lowering import Lowering, traceable
-from neuron_xtts.precision import Precision, has_small_kernel_defect
+from neuron_xtts.precision import TRANSFORMER_GRAPHS, Precision, has_small_kernel_defect
 from neuron_xtts.report import table
 from neuron_xtts.store import LOG, MODEL, Recipe, Store, write_json
 from neuron_xtts.version import __version__
@@ -173,11 +173,13 @@ class Jobs:
         self.scratch = scratch
         self.timeout = timeout
         self.pool = ThreadPoolExecutor(workers or max(1, (os.cpu_count() or 2) // 2))
-        self.graphs = scratch / "graphs.pt"
         modules = traceable(graphs, fill=fill)
+        # Those of the transformer in one file, where the weights that they share are written once.
+        self._files = {name: f"{'transformer' if name in TRANSFORMER_GRAPHS else name}.pt" for name in modules}
         try:
-            # In a folder of this process alone, and gone with it. One file: shared weights are written once.
-            torch.save(modules, self.graphs)
+            for file in set(self._files.values()):
+                members = {name: module for name, module in modules.items() if self._files[name] == file}
+                torch.save(members, scratch / file)  # in a folder of this process alone, and gone with it
         except (AttributeError, TypeError) as error:
             raise JobError(
                 f"the graphs cannot be handed to another process ({error}): remove hooks and replaced layers from the "
@@ -200,15 +202,19 @@ class Jobs:
                 _kill(process)
         self.pool.shutdown(wait=True, cancel_futures=True)
 
+    def file(self, graph: str) -> str:
+        """Where the graph is, among others."""
+        return str(self.scratch / self._files[graph])
+
     def run(self, mode: str, graph: str, bucket: Bucket, environment: Mapping[str, str], **options: Any) -> Result:
-        """Run one job to its end.
+        """Run one job to its end, when there is memory for ``graph``.
 
         Raises:
             JobError: it failed, died or took too long.
         """
         folder = self.scratch / f"{next(self._number)}-{mode}"
         folder.mkdir()
-        job = Job(mode, graph, list(bucket), str(self.graphs), str(folder), **options)
+        job = Job(mode, graph, list(bucket), self.file(graph), str(folder), **options)
         write_json(folder / "job.json", asdict(job))
         with self._memory.taken(_BASE_BYTES + _COPIES * self.bytes[graph]):
             start = time.monotonic()
@@ -351,8 +357,8 @@ def compile_all(
                 bar.set_postfix_str(f"{entry.graph} {bucket_name(entry.bucket)} {entry.status}")
                 bar.update()
             if not list(neuron.device_problems()):
-                for i in wanted:
-                    _verify(jobs, recipes[i], store, precision, neuron, entries[i])
+                compiled = {i: recipes[i] for i in wanted if getattr(entries[i], "status", "") == "compiled"}
+                _verify(jobs, compiled, store, precision, neuron, entries)
     return [entry for entry in entries if entry is not None]
 
 
@@ -404,28 +410,33 @@ def _keep_log(error: JobError, recipe: Recipe, store: Store) -> Path | None:
 
 
 def _verify(
-    jobs: Jobs, recipe: Recipe, store: Store, precision: Precision, neuron: Neuron, entry: Entry | None
+    jobs: Jobs, recipes: Mapping[int, Recipe], store: Store, precision: Precision, neuron: Neuron, entries: list[Any]
 ) -> None:
-    """Verify an artifact on the device, if it can be had now; else `patch` does, when it loads it first."""
-    if entry is None or entry.status != "compiled":
+    """Verify new artifacts on the device, if it can be had now; else `patch` does, when it loads them first."""
+    if not recipes:
         return
     environment = {} if os.environ.get("NEURON_RT_VISIBLE_CORES") else {"NEURON_RT_NUM_CORES": "1"}
+    largest = max(recipes.values(), key=lambda recipe: jobs.bytes[recipe.graph])
+    reason = ""
     try:
-        done = jobs.run(
+        jobs.run(
             "verify",
-            recipe.graph,
-            recipe.bucket,
+            largest.graph,
+            (),
             environment,
-            recipe=recipe.plain(),
+            recipes=[(recipe.plain(), jobs.file(recipe.graph)) for recipe in recipes.values()],
             store=str(store.root),
             precision={"name": precision.name, "arguments": dict(precision.arguments)},
             machine=neuron.instance,
         )
     except JobError as error:
-        entry.reason = f"not verified yet, patch() will: {error.args[0]}"
-        return
-    if done.data["reason"]:
-        entry.status, entry.reason = "quarantined", done.data["reason"]
+        reason = f": {error.args[0]}"
+    for i, recipe in recipes.items():  # the manifests know how far it came
+        artifact = store.find(recipe)
+        if artifact and artifact.quarantined:
+            entries[i].status, entries[i].reason = "quarantined", artifact.quarantined
+        elif not artifact or not artifact.manifest["verification"]:
+            entries[i].reason = f"not verified yet, patch() will{reason}"
 
 
 def _environment() -> dict[str, str]:

@@ -183,6 +183,8 @@ class Program:
         found = []
         if re.search(r"\bc(64|128)\[", self.text):
             found.append("complex numbers (NCC_EVRF004)")
+        if re.search(r"\bf64\[", self.text):
+            found.append("64-bit floats")
         if re.search(r"\[[^\]]*<=", self.text):
             found.append("dynamic shapes (NCC_EMOD025)")
         for name, opcode in self.opcodes.items():

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,6 +72,13 @@ class Recipe:
     def name(self) -> str:
         """The artifact's folder."""
         return f"{self.graph}-{bucket_name(self.bucket)}-{self.key[:20]}"
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> Recipe:
+        """The reverse of `plain`."""
+        inputs = tuple((name, dtype, tuple(shape)) for name, dtype, shape in data["inputs"])
+        sequences = {"bucket": tuple(data["bucket"]), "arguments": tuple(data["arguments"]), "inputs": inputs}
+        return cls(**{**data, **sequences})
 
     def plain(self) -> dict[str, Any]:
         """As JSON would return it."""

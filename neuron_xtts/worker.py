@@ -5,6 +5,7 @@ In the process that asks for it, an operator without a lowering, or a compiler o
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import sys
 import traceback
@@ -30,13 +31,13 @@ class Job:
         mode: ``lower``, ``compile`` or ``verify``.
         graph: its name.
         bucket: its sizes.
-        graphs: file of the graphs, by name.
+        graphs: file of the graph, by name, and of others.
         folder: where the result goes.
         arguments: of the compiler.
-        recipe: of the artifact to verify.
-        store: where that is.
+        recipes: of the artifacts to verify, each with the file of its graph.
+        store: where they are.
         precision: name and arguments by graph, for the tolerance.
-        machine: to note as the place where it was verified.
+        machine: to note as the place where they were verified.
     """
 
     mode: str
@@ -45,15 +46,16 @@ class Job:
     graphs: str
     folder: str
     arguments: list[str] = field(default_factory=list)
-    recipe: dict[str, Any] | None = None
+    recipes: list[tuple[dict[str, Any], str]] = field(default_factory=list)
     store: str | None = None
     precision: dict[str, Any] = field(default_factory=dict)
     machine: str | None = None
 
-    def load(self) -> Any:
-        """The graph. Its weights stay in the file until they are read, and are shared with other processes."""
-        graphs: dict[str, nn.Module] = torch.load(self.graphs, mmap=True, weights_only=False)
-        return graphs[self.graph]
+
+def load(file: str, graph: str) -> Any:
+    """A graph. Its weights stay in the file until they are read, and are shared with other processes."""
+    graphs: dict[str, nn.Module] = torch.load(file, mmap=True, weights_only=False)
+    return graphs[graph]
 
 
 def lower_graph(job: Job) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def lower_graph(job: Job) -> dict[str, Any]:
     from neuron_xtts.lowering import frontend, lower
 
     device = frontend().device()
-    module, inputs = in_bucket(job.load(), tuple(job.bucket))
+    module, inputs = in_bucket(load(job.graphs, job.graph), tuple(job.bucket))
     return asdict(lower(job.graph, "x".join(map(str, job.bucket)), module.to(device), inputs))
 
 
@@ -69,7 +71,7 @@ def compile_graph(job: Job) -> dict[str, Any]:
     """Compile it without touching a device, and save it."""
     import torch_neuronx
 
-    module, inputs = in_bucket(job.load(), tuple(job.bucket))
+    module, inputs = in_bucket(load(job.graphs, job.graph), tuple(job.bucket))
     states = list(getattr(module, "states", []))
     folder = Path(job.folder)
     with warnings.catch_warnings(), torch.no_grad():
@@ -88,30 +90,28 @@ def compile_graph(job: Job) -> dict[str, Any]:
     return {}
 
 
-def verify_graph(job: Job) -> dict[str, Any]:
-    """Run an artifact on the device and compare it with the host; the store's manifest takes the result."""
+def verify_graphs(job: Job) -> dict[str, Any]:
+    """Run artifacts on the device and compare them with the host; the store's manifests take the results."""
     from neuron_xtts.backends.neuron import LoadedGraph, verify
     from neuron_xtts.precision import Precision
     from neuron_xtts.store import Recipe
 
-    assert job.recipe is not None
-    data = job.recipe
-    inputs = tuple((name, dtype, tuple(shape)) for name, dtype, shape in data["inputs"])
-    recipe = Recipe(
-        **{**data, "bucket": tuple(data["bucket"]), "arguments": tuple(data["arguments"]), "inputs": inputs}
-    )
-    artifact = Store(job.store).find(recipe)
-    assert artifact is not None
-    loaded = LoadedGraph(artifact, recipe, core=0)
-    reason = verify(loaded, job.load(), artifact, recipe, Precision(**job.precision), job.machine)
-    return {"reason": reason, "verification": artifact.manifest["verification"]}
+    store, precision = Store(job.store), Precision(**job.precision)
+    for data, file in job.recipes:
+        recipe = Recipe.parse(data)
+        artifact = store.find(recipe)
+        if artifact is not None:
+            loaded = LoadedGraph(artifact, recipe, core=0)
+            verify(loaded, load(file, recipe.graph), artifact, recipe, precision, job.machine)
+    return {}
 
 
-MODES = {"lower": lower_graph, "compile": compile_graph, "verify": verify_graph}
+MODES = {"lower": lower_graph, "compile": compile_graph, "verify": verify_graphs}
 
 
 def main(path: str) -> int:
     """Do the job in a file; returns the exit status."""
+    faulthandler.enable()  # so that the log says where a process died
     job = Job(**json.loads(Path(path).read_text()))
     try:
         result = MODES[job.mode](job)

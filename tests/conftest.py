@@ -2,11 +2,15 @@
 
 import copy
 import logging
+import os
 
+import neuron_double
 import pytest
 import torch
 from hypothesis import settings
 
+import neuron_xtts
+from neuron_xtts import BucketPlan, device
 from neuron_xtts.demo import random_tts, write_reference
 
 torch.set_num_threads(2)
@@ -47,3 +51,50 @@ def tts(tts_original):
 def xtts(tts):
     """The ``Xtts`` inside `tts`."""
     return tts.synthesizer.tts_model
+
+
+@pytest.fixture(scope="session")
+def small_plan():
+    """Few buckets, but two of decode and of the vocoder; 259 frames are the reference's 3 s."""
+    return BucketPlan(
+        prefill=(64,), decode=(80, 128), slots=(1,), latents=(128,), vocoder=(64, 96), conditioning=(259,)
+    )
+
+
+@pytest.fixture(scope="session")
+def neuron_root(tmp_path_factory):
+    """The doubles of Neuron's packages in ``site``, and a machine with one device in ``root``."""
+    folder = tmp_path_factory.mktemp("neuron")
+    neuron_double.install(folder / "site")
+    neuron_double.machine(folder / "root")
+    return folder
+
+
+@pytest.fixture
+def neuron(neuron_root, tmp_path, monkeypatch):
+    """This process on that machine, in an empty folder: the compiler leaves some where it is started."""
+    yield from on_neuron(neuron_root, monkeypatch)
+
+
+def on_neuron(folder, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("NEURON_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.syspath_prepend(folder / "site")
+    monkeypatch.setenv("NEURON_DOUBLE_ROOT", str(folder / "root"))
+    monkeypatch.setattr(device, "ROOT", folder / "root")
+    yield folder
+    neuron_double.forget()
+
+
+@pytest.fixture(scope="session")
+def compiled(tts_original, neuron_root, small_plan):
+    """A store with every graph of `small_plan` for `tts_original`, compiled and verified. Copy it to spoil it."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for _ in on_neuron(neuron_root, monkeypatch):
+            store = neuron_root / "store"
+            summary = neuron_xtts.compile(
+                tts_original, backend="neuron", buckets=small_plan, store=store, jobs=2, progress=False
+            )
+            assert summary.ok, summary
+            assert {entry.reason for entry in summary.entries} == {None}, summary
+    return store

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrize import is_parametrized
 
 LRELU_SLOPE = 0.1  # a fact of the checkpoint, as in the HiFi-GAN paper's code
 FINAL_LRELU_SLOPE = 0.01  # torch's default, which HiFi-GAN uses before its last convolution
@@ -62,7 +61,7 @@ class Vocoder(nn.Module):
         """
         x = self.conv_pre(masked(frames, mask)) + self.cond_layer(speaker)
         for i, up in enumerate(self.ups):
-            x = up(masked(F.leaky_relu(x, LRELU_SLOPE), mask))
+            x = up(masked(leaky_relu(x, LRELU_SLOPE), mask))
             if self.conds is not None:
                 x = x + self.conds[i](speaker)
             if mask is not None:
@@ -72,7 +71,7 @@ class Vocoder(nn.Module):
             for block in blocks[1:]:
                 total = total + resblock(block, x, mask)
             x = total / self.kernels
-        x = self.conv_post(masked(F.leaky_relu(x, FINAL_LRELU_SLOPE), mask))
+        x = self.conv_post(masked(leaky_relu(x, FINAL_LRELU_SLOPE), mask))
         return (x.tanh(),)
 
     def example(self, frames: int) -> dict[str, Tensor]:
@@ -93,16 +92,28 @@ def fold_weight_norm(vocoder: Vocoder) -> Vocoder:
     """
     folded = copy.deepcopy(vocoder)
     for path, conv in list(folded.named_modules()):
-        if not is_parametrized(conv, "weight"):
+        # Those that are not parametrized any more still hold a hook of it, which cannot be pickled.
+        if not isinstance(conv, (nn.Conv1d, nn.ConvTranspose1d)):
             continue
         parent, _, name = path.rpartition(".")
         kind = nn.ConvTranspose1d if isinstance(conv, nn.ConvTranspose1d) else nn.Conv1d
         sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
-        plain = kind(*sizes, dilation=conv.dilation, bias=conv.bias is not None)
+        options: dict[str, Any] = {"dilation": conv.dilation, "bias": conv.bias is not None}
+        plain: Any = kind(*sizes, **options)  # type: ignore[arg-type]
         plain.weight = nn.Parameter(conv.weight.detach().clone(), requires_grad=False)
         plain.bias = conv.bias
         setattr(folded.get_submodule(parent), name, plain)
+    for i, block in enumerate(folded.resblocks):
+        folded.resblocks[i] = plain_block(block)
     return folded
+
+
+def plain_block(block: Any) -> nn.Module:
+    """A residual block with the same convolutions that is of torch alone: a process that loads it needs no more."""
+    plain = nn.Module()
+    for name in ("convs1", "convs2") if hasattr(block, "convs1") else ("convs",):
+        plain.add_module(name, getattr(block, name))
+    return plain
 
 
 def fill_small_kernels(vocoder: Vocoder) -> None:
@@ -134,6 +145,13 @@ def without_dilation(conv: nn.Conv1d) -> nn.Conv1d:
     return filled
 
 
+def leaky_relu(x: Tensor, slope: float) -> Tensor:
+    """``x`` where positive, else ``slope`` times ``x``; 0 < slope < 1."""
+    if x.device.type == "cpu":
+        return F.leaky_relu(x, slope)
+    return torch.maximum(x, x * slope)  # torch's own lowers to a program with a 64-bit float
+
+
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:
     """``x`` with its padding set to zero."""
     return x if mask is None else x * mask
@@ -144,7 +162,7 @@ def resblock(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
     for convs in residual_layers(block):
         y = x
         for conv in convs:
-            y = conv(masked(F.leaky_relu(y, LRELU_SLOPE), mask))
+            y = conv(masked(leaky_relu(y, LRELU_SLOPE), mask))
         x = x + y
     return x
 

@@ -49,7 +49,7 @@ def _define() -> None:
     if hasattr(torch.ops.neuron_double, "library"):
         return
     library = torch.library.Library("neuron_double", "DEF")
-    library.define("placed() -> (int, int, int)")
+    library.define("placed(bool training) -> (int, int, int)")  # without an argument it would be folded away
     library.define(
         "execute(str meta, int[] placement, Tensor program, Tensor[] weights, Tensor(a!)[] states, Tensor[] inputs)"
         " -> Tensor[]"
@@ -68,7 +68,7 @@ class _Forward:
         return getattr(sys.modules["torch_neuronx._runtime"], self.__name__)(*args)
 
 
-def placed() -> tuple[int, int, int]:
+def placed(training: bool = False) -> tuple[int, int, int]:
     """Cores for a module that is being made or loaded, and a number that tells it from all others."""
     return (*context, secrets.randbits(62))
 
@@ -93,7 +93,7 @@ class _Placement(nn.Module):
 
     @torch.jit.export
     def __setstate__(self, training: bool):
-        start, count, instance = torch.ops.neuron_double.placed()
+        start, count, instance = torch.ops.neuron_double.placed(training)
         self.start = start
         self.count = count
         self.instance = instance

@@ -1,0 +1,331 @@
+"""Compile jobs, with the double of torch_neuronx: faults, memory, processes side by side, and the commands."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import neuron_double
+import pytest
+import torch
+
+import neuron_xtts
+from neuron_xtts import BucketPlan, compiler, device
+from neuron_xtts.cli import main
+from neuron_xtts.compiler import JobError, Jobs, MemoryLimit
+from neuron_xtts.engine import make_graphs
+from neuron_xtts.graphs.vocoder import fill_small_kernels, fold_weight_norm
+from neuron_xtts.store import MODEL, Store
+
+pytest.importorskip("torch_xla")
+
+
+def vocoders(*sizes):
+    return dataclasses.replace(BucketPlan.none(), vocoder=sizes)
+
+
+@pytest.fixture
+def graphs(tts_original):
+    xtts = tts_original.synthesizer.tts_model
+    return make_graphs(xtts.gpt, xtts.hifigan_decoder)[0]
+
+
+def test_a_complete_store(tts, neuron, compiled, small_plan):
+    """Nothing is started; the time goes into reading the weights."""
+    start = time.monotonic()
+    summary = neuron_xtts.compile(tts, store=compiled, buckets=small_plan)
+    assert {entry.status for entry in summary.entries} == {"found"}
+    assert summary.ok
+    assert time.monotonic() - start < 30  # starting one process would not take much less
+    read = sum(parameter.numel() for parameter in tts.synthesizer.tts_model.gpt.gpt.parameters())
+    assert summary.weights.bytes_read > 4 * read
+    assert f"{summary.weights.bytes_read / 1e6:.0f} MB of weights read in" in str(summary)
+    assert "GB/s" in str(summary)
+
+
+def test_what_is_in_the_store(compiled):
+    artifacts = list(Store(compiled))
+    assert len(artifacts) == 7
+    for artifact in artifacts:
+        artifact.check()
+        manifest = artifact.manifest
+        assert manifest["recipe"]["target"] == "inf2"
+        assert manifest["recipe"]["versions"]["neuronx-cc"] == "2.26.6360.0"
+        assert manifest["verification"]["error"] < 1e-4
+        assert manifest["seconds"] > 0
+        assert {path.name for path in artifact.folder.iterdir()} == {MODEL, "manifest.json", "compiler.log"}
+    assert list(Store(compiled).leftovers()) == []
+
+
+def test_jobs_that_fail_leave_the_others_alone(tts, neuron, tmp_path, monkeypatch, voice):
+    """A crash, an error and one that the operating system kills; nothing half-made is left."""
+    monkeypatch.setenv("NEURON_DOUBLE_FAULT", "crash:vocoder-64,fail:vocoder-65,killed:vocoder-66")
+    store = tmp_path / "store"
+    summary = neuron_xtts.compile(tts, store=store, buckets=vocoders(64, 65, 66, 67), jobs=2, progress=False)
+    status = {entry.bucket: entry.status for entry in summary.entries}
+    assert status == {(64,): "failed", (65,): "failed", (66,): "failed", (67,): "compiled"}
+    assert not summary.ok
+    reasons = {entry.bucket[0]: entry.reason for entry in summary.entries}
+    assert reasons[64].startswith("compile: died of SIGABRT\n")
+    assert reasons[65].startswith("compile: RuntimeError: neuronx-cc failed with 70\n  | ")
+    assert reasons[66].startswith("compile: RuntimeError: neuronx-cc failed with -9\n")
+    assert "Fatal Python error: Aborted" in summary.entries[0].log.read_text()
+    for entry in summary.entries[:3]:
+        assert str(entry.log) in str(summary)
+    assert [artifact.manifest["recipe"]["bucket"] for artifact in Store(store)] == [[67]]
+    assert list(Store(store).leftovers()) == []
+    assert not list((store / "scratch").iterdir())
+    # What was made serves; once the cause is gone, the rest is made.
+    neuron_xtts.patch(tts, store=store, buckets=vocoders(64, 67))
+    latents = torch.randn(1, 12, 64)
+    with torch.no_grad():
+        ours = tts.synthesizer.tts_model.hifigan_decoder(latents, g=voice[1])
+    assert neuron_xtts.report(tts).missing == {"vocoder 64": "not compiled"}
+    neuron_xtts.unpatch(tts)
+    with torch.no_grad():
+        theirs = tts.synthesizer.tts_model.hifigan_decoder(latents, g=voice[1])
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    neuron_double.forget()  # lets go of the core, as the end of a process does
+    monkeypatch.delenv("NEURON_DOUBLE_FAULT")
+    summary = neuron_xtts.compile(tts, store=store, buckets=vocoders(64, 67), progress=False)
+    assert [entry.status for entry in summary.entries] == ["compiled", "found"]
+
+
+def test_a_miscompiled_graph_is_quarantined(tts, neuron, tmp_path, monkeypatch, voice):
+    monkeypatch.setenv("NEURON_DOUBLE_FAULT", "miscompile:vocoder-64")
+    summary = neuron_xtts.compile(tts, store=tmp_path, buckets=vocoders(64), progress=False)
+    (entry,) = summary.entries
+    assert entry.status == "quarantined"
+    assert entry.reason.startswith("wrong results: error ")
+    monkeypatch.delenv("NEURON_DOUBLE_FAULT")
+    again = neuron_xtts.compile(tts, store=tmp_path, buckets=vocoders(64), progress=False)
+    assert again.entries[0].status == "quarantined"  # not made again: it would be the same
+    assert "neuron-xtts graphs --prune removes it" in again.entries[0].reason
+    neuron_xtts.patch(tts, store=tmp_path, buckets=vocoders(64))
+    assert neuron_xtts.report(tts).missing == {"vocoder 64": entry.reason}
+
+
+def test_a_compiler_with_the_small_kernel_defect(tts, neuron, tmp_path, monkeypatch):
+    """It computes kernel 3 with dilation 5 wrongly; the graph for it has no such convolution."""
+    neuron_double.install(tmp_path / "site", neuronx_cc="2.24.8799.0")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    summary = neuron_xtts.compile(tts, store=tmp_path / "store", buckets=vocoders(64), progress=False)
+    assert summary.ok, summary
+    assert summary.entries[0].reason is None
+    monkeypatch.setattr(compiler, "has_small_kernel_defect", lambda version: False)
+    summary = neuron_xtts.compile(tts, store=tmp_path / "other", buckets=vocoders(64), progress=False)
+    assert summary.entries[0].status == "quarantined", summary
+
+
+@torch.no_grad()
+def test_filled_kernels_compute_the_same(graphs):
+    folded = fold_weight_norm(graphs["vocoder"])
+    inputs = folded.example(40).values()
+    expected = folded(*inputs)[0]
+    small = [conv for conv in folded.modules() if getattr(conv, "kernel_size", (9,)) < getattr(conv, "dilation", (1,))]
+    assert len(small) == 4
+    fill_small_kernels(folded)
+    assert not any(conv.kernel_size < conv.dilation for conv in folded.modules() if isinstance(conv, torch.nn.Conv1d))
+    torch.testing.assert_close(folded(*inputs)[0], expected, rtol=0, atol=1e-6)
+
+
+def test_a_graph_that_does_not_lower(tts, neuron, tmp_path, monkeypatch):
+    """It is found before the compiler starts."""
+    monkeypatch.setattr(compiler, "traceable", lambda graphs, fill: {"vocoder": Interpolating()})
+    summary = neuron_xtts.compile(tts, store=tmp_path, buckets=vocoders(64), progress=False)
+    assert summary.entries[0].reason == "lower: aten::upsample_linear1d has no lowering; frames is not connected"
+
+
+class Interpolating(torch.nn.Module):
+    def forward(self, frames):
+        return (torch.nn.functional.interpolate(frames, scale_factor=2.0, mode="linear"),)
+
+    def example(self, size):
+        return {"frames": torch.randn(1, 4, size)}
+
+
+def test_a_device_that_is_busy_after_compiling(tts, neuron, tmp_path, monkeypatch):
+    """Verification waits for the first load."""
+    monkeypatch.setenv("NEURON_DOUBLE_FAULT", "busy")
+    summary = neuron_xtts.compile(tts, store=tmp_path, buckets=vocoders(64), progress=False)
+    assert summary.ok
+    assert summary.entries[0].reason.startswith("not verified yet, patch() will: verify: RuntimeError")
+    monkeypatch.delenv("NEURON_DOUBLE_FAULT")
+    neuron_xtts.patch(tts, store=tmp_path, buckets=vocoders(64))
+    (artifact,) = Store(tmp_path)
+    assert artifact.manifest["verification"]["machine"] == "inf2.xlarge"
+
+
+def test_a_build_machine(tts, neuron_root, tmp_path, monkeypatch):
+    """Compiled for a named target without a driver; the instance finds it under the same key."""
+    for name in [name for name in os.environ if name.startswith("NEURON_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.syspath_prepend(neuron_root / "site")
+    monkeypatch.setattr(device, "ROOT", tmp_path / "nothing")
+    store = tmp_path / "store"
+    summary = neuron_xtts.compile(tts, target="inf2", store=store, buckets=vocoders(64), progress=False)
+    assert summary.ok, summary
+    (artifact,) = Store(store)
+    assert artifact.manifest["verification"] is None
+    monkeypatch.setattr(device, "ROOT", neuron_root / "root")
+    monkeypatch.setenv("NEURON_DOUBLE_ROOT", str(neuron_root / "root"))
+    neuron_xtts.patch(tts, store=store, buckets=vocoders(64))
+    assert neuron_xtts.report(tts).missing == {}
+    neuron_double.forget()
+
+
+CONCURRENT = """
+import sys
+from pathlib import Path
+import neuron_xtts, neuron_xtts.device
+neuron_xtts.device.ROOT = Path(sys.argv[1])
+from neuron_xtts.demo import random_tts
+tts = random_tts(Path(sys.argv[2]), small=True)
+plan = neuron_xtts.BucketPlan(prefill=(), decode=(), slots=(), latents=(), vocoder=(64,), conditioning=())
+summary = neuron_xtts.compile(tts, target="inf2", store=sys.argv[3], buckets=plan, progress=False)
+print(summary.entries[0].status)
+"""
+
+
+def test_four_processes_make_it_once(neuron_root, tmp_path):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CONCURRENT, str(tmp_path / "no-root"), str(tmp_path / f"{i}"),
+             str(tmp_path / "store")],
+            env=neuron_double.environment(neuron_root / "site"),
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
+        )
+        for i in range(4)
+    ]  # fmt: skip
+    statuses = [process.communicate()[0].split()[-1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4
+    assert sorted(statuses) == ["compiled", "found", "found", "found"]
+    (artifact,) = Store(tmp_path / "store")
+    artifact.check()
+    assert list(Store(tmp_path / "store").leftovers()) == []
+
+
+def test_timeout(graphs, tmp_path):
+    with (
+        Jobs(tmp_path, graphs, workers=1, timeout=0.3, fill=False) as jobs,
+        pytest.raises(JobError, match=r"lower: stopped after 0 s; a longer limit: .*--timeout SECONDS"),
+    ):
+        jobs.run("lower", "vocoder", (64,), {})
+    assert not jobs._running
+
+
+def test_leaving_ends_what_runs(graphs, tmp_path):
+    """As Ctrl-C does."""
+    with Jobs(tmp_path, graphs, workers=1, timeout=600, fill=False) as jobs:
+        future = jobs.pool.submit(jobs.run, "lower", "vocoder", (64,), {})
+        while not jobs._running:
+            time.sleep(0.01)
+    with pytest.raises(JobError, match="killed"):
+        future.result(timeout=0)
+
+
+def test_graphs_that_cannot_be_handed_over(graphs, tmp_path):
+    graphs["latents"].register_forward_hook(lambda *_: None)
+    with pytest.raises(JobError, match=r"cannot be handed to another process .* remove hooks"):
+        Jobs(tmp_path, graphs, workers=1, timeout=1, fill=False)
+
+
+def test_memory_limits_what_runs_at_a_time():
+    """Four jobs of 4 in 10: two at a time; one that needs more than there is runs alone."""
+    limit, lock = MemoryLimit(10), threading.Lock()
+    running, seen = [], []
+
+    def job(needed):
+        with limit.taken(needed):
+            with lock:
+                running.append(needed)
+                seen.append(tuple(running))
+            time.sleep(0.05)
+            with lock:
+                running.remove(needed)
+
+    threads = [threading.Thread(target=job, args=(needed,)) for needed in (4, 4, 4, 4, 30)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(map(len, seen)) == 2
+    assert all(len(alongside) == 1 for alongside in seen if 30 in alongside)
+
+
+def small(command, store, *options):
+    return main([*command, "--store", str(store), *options])
+
+
+def test_commands(neuron, compiled, tmp_path, capsys):
+    """compile, graphs, verify, prune and doctor on one store."""
+    store = shutil.copytree(compiled, tmp_path / "store")
+    sizes = ["prefill=64", "decode=80,128", "latents=128", "vocoder=64,96", "conditioning=259"]
+    sizes = [f"--sizes={size}" for size in sizes]
+    assert small(["compile", "--small"], store, *sizes) == 0
+    assert capsys.readouterr().out.count("found") == 7
+    assert small(["graphs"], store) == 0
+    out = capsys.readouterr().out
+    assert "7 artifacts" in out
+    assert out.count("verified") == 7
+    assert small(["doctor", "--small"], store, *sizes) == 0
+    out = capsys.readouterr().out
+    assert out.count("ready") == 7
+    assert "inf2.xlarge" in out
+    assert "no problems found" in out
+    assert small(["doctor", "--small"], store, "--sizes=decode=99") == 0
+    assert "1x99    not compiled" in capsys.readouterr().out
+
+    artifacts = {artifact.folder.name.rpartition("-")[0]: artifact for artifact in Store(store)}
+    artifacts["vocoder-64"].model.write_bytes(b"nonsense")
+    artifacts["decode-1x80"].record(quarantined="wrong results")
+    assert small(["graphs", "--verify"], store) == 1
+    assert "is corrupt" in capsys.readouterr().out
+    assert small(["graphs", "--json"], store) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert {(entry["recipe"]["graph"], entry["state"]) for entry in listed} >= {("decode", "wrong results")}
+    artifacts["vocoder-64"].set_aside()
+    assert small(["graphs", "--prune"], store) == 0
+    assert capsys.readouterr().out.count("removed") == 2
+    assert len(list(Store(store))) == 5
+
+
+def test_prune_what_other_versions_made(neuron, compiled, tmp_path, monkeypatch, capsys):
+    store = shutil.copytree(compiled, tmp_path / "store")
+    assert small(["graphs", "--prune", "stale"], store) == 0
+    assert len(list(Store(store))) == 7
+    neuron_double.install(tmp_path / "site", neuronx_cc="2.25.3371.0")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert small(["graphs", "--prune"], store) == 0
+    assert len(list(Store(store))) == 7
+    assert small(["graphs", "--prune", "stale"], store) == 0
+    assert len(list(Store(store))) == 0
+
+
+def test_commands_without_neuron(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(device, "ROOT", tmp_path)
+    assert small(["compile", "--small"], tmp_path) == 1
+    assert "torch-neuronx is not installed" in capsys.readouterr().err
+    assert small(["doctor"], tmp_path) == 0
+    assert "nothing of Neuron is here" in capsys.readouterr().out
+
+
+def test_the_traps_that_doctor_names(tmp_path, monkeypatch, capsys):
+    from neuron_xtts import doctor
+
+    real = doctor._installed
+    installed = {"coqui-tts": "0.27.3", "transformers": "5.1.0", "six": None}
+    monkeypatch.setattr(doctor, "_installed", lambda package: installed.get(package, real(package)))
+    neuron_double.install(tmp_path / "site", torch_neuronx="1.0", neuronx_cc="1.0")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(device, "ROOT", tmp_path)
+    assert small(["doctor"], tmp_path) == 1
+    out = capsys.readouterr().out
+    assert "cannot import name 'isin_mps_friendly'" in out
+    assert "six is not installed, which coqui-tts imports without saying so: pip install six" in out
+    assert "torch-neuronx 1.0 is the empty package of that name on PyPI" in out
+    neuron_double.forget()

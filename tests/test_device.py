@@ -1,0 +1,184 @@
+"""What there is of Neuron: stubs, packages without a driver, devices; precisions and compiler arguments."""
+
+import neuron_double
+import pytest
+
+import neuron_xtts
+from neuron_xtts import NeuronMissingError, Precision, device
+from neuron_xtts.precision import NEURON_PRECISIONS, has_small_kernel_defect
+
+
+@pytest.fixture
+def host(tmp_path, monkeypatch):
+    """A machine to furnish: ``site`` is on the path, ``root`` is its file system."""
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(device, "ROOT", tmp_path / "root")
+    for name in ("NEURON_PLATFORM_TARGET_OVERRIDE", "NEURON_RT_VISIBLE_CORES", "NEURON_RT_NUM_CORES"):
+        monkeypatch.delenv(name, raising=False)
+    yield tmp_path
+    neuron_double.forget()
+
+
+def problems():
+    found = device.find_neuron()
+    return list(found.package_problems()), list(found.device_problems())
+
+
+def test_nothing(host):
+    found = device.find_neuron()
+    assert (found.versions, found.driver, found.devices, found.instance, found.target) == ({}, False, 0, None, None)
+    packages, devices = problems()
+    assert [text.partition(":")[0] for text in packages] == [
+        "torch-neuronx is not installed",
+        "neuronx-cc is not installed",
+    ]
+    assert "pip.repos.neuron.amazonaws.com" in packages[0]
+    assert devices[0].startswith("Neuron's driver is not loaded")
+
+
+def test_the_stubs_of_pypi(host, xtts):
+    neuron_double.install(host / "site", torch_neuronx="1.0", neuronx_cc="1.0.post1", libneuronxla="1.0")
+    neuron_double.machine(host / "root")
+    packages, devices = problems()
+    assert devices == []
+    assert packages[0].startswith("torch-neuronx 1.0 is the empty package of that name on PyPI, not AWS's")
+    assert packages[1].startswith("neuronx-cc 1.0.post1 is the empty package")
+    with pytest.raises(NeuronMissingError, match="the empty package of that name on PyPI"):
+        neuron_xtts.patch(xtts, backend="neuron")
+    assert not neuron_xtts.is_patched(xtts)
+    neuron_xtts.patch(xtts)
+    assert neuron_xtts.report(xtts).backend == "cpu"
+
+
+def test_packages_that_are_too_old(host):
+    neuron_double.install(host / "site", torch_neuronx="2.7.0.2.9.9357", neuronx_cc="2.20.9961.0")
+    packages, _ = problems()
+    assert packages[0].startswith("torch-neuronx 2.7.0.2.9.9357 is too old, 2.8 is needed")
+    assert packages[1].startswith("neuronx-cc 2.20.9961.0 is too old, 2.21 is needed")
+
+
+def test_packages_without_a_driver(host, xtts):
+    """A build machine: it can compile for a target that is named, and run nothing."""
+    neuron_double.install(host / "site")
+    neuron_double.machine(host / "root", instance="c6i.4xlarge", driver=False)
+    assert problems()[0] == []
+    with pytest.raises(NeuronMissingError, match=r"driver is not loaded .* elsewhere graphs can be compiled, not run"):
+        neuron_xtts.patch(xtts, backend="neuron")
+    neuron_xtts.patch(xtts)
+    assert neuron_xtts.report(xtts).backend == "cpu"
+    with pytest.raises(NeuronMissingError, match=r"c6i\.4xlarge.*compile\(model, target='inf2'\)"):
+        neuron_xtts.compile(xtts)
+    with pytest.raises(ValueError, match="target='inf9' does not exist; choose one of 'inf2', 'trn1'"):
+        neuron_xtts.compile(xtts, target="inf9")
+
+
+def test_a_driver_without_devices(host):
+    neuron_double.install(host / "site")
+    neuron_double.machine(host / "root", devices=0)
+    assert problems() == (
+        [],
+        ["Neuron's driver is loaded, but there is no /dev/neuron*: is the device passed to this container?"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("instance", "devices", "target", "cores"),
+    [("inf2.xlarge", 1, "inf2", 2), ("inf2.24xlarge", 6, "inf2", 12), ("trn1.2xlarge", 1, "trn1", 2),
+     ("trn1n.32xlarge", 16, "trn1n", 32), ("trn2.48xlarge", 16, "trn2", 64), ("g5.xlarge", 0, None, 0)],
+)  # fmt: skip
+def test_instances(host, instance, devices, target, cores):
+    neuron_double.machine(host / "root", instance=instance, devices=devices, driver=devices > 0)
+    found = device.find_neuron()
+    assert (found.instance, found.target, found.cores) == (instance, target, cores)
+
+
+@pytest.mark.parametrize(
+    ("variables", "cores"),
+    [({"NEURON_RT_VISIBLE_CORES": "0"}, 1), ({"NEURON_RT_VISIBLE_CORES": "1-3"}, 3), ({"NEURON_RT_NUM_CORES": "2"}, 2),
+     ({"NEURON_RT_NUM_CORES": "0"}, 12), ({"NEURON_RT_NUM_CORES": "1", "NEURON_RT_VISIBLE_CORES": "2-3"}, 2)],
+)  # fmt: skip
+def test_visible_cores(host, monkeypatch, variables, cores):
+    neuron_double.machine(host / "root", instance="inf2.24xlarge", devices=6)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert device.find_neuron().cores == cores
+
+
+def test_a_named_target(host, monkeypatch):
+    neuron_double.machine(host / "root", instance="trn1.2xlarge")
+    monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "inf2")
+    assert device.find_neuron().target == "inf2"
+
+
+def test_exact_shapes_cannot_be_compiled(host, xtts):
+    neuron_double.install(host / "site")
+    with pytest.raises(ValueError, match=r"BucketPlan\.prefill is None, which means exact shapes"):
+        neuron_xtts.compile(xtts, target="inf2", buckets=neuron_xtts.BucketPlan(decode=(64,)))
+
+
+def test_the_host_needs_no_compilation(host, xtts):
+    summary = neuron_xtts.compile(xtts)
+    assert summary.ok
+    assert str(summary) == "The host backend needs no compilation."
+    with pytest.raises(NeuronMissingError, match="torch-neuronx is not installed"):
+        neuron_xtts.compile(xtts, backend="neuron")
+
+
+ARGUMENTS = {
+    ("fp32", "decode", "inf2", "2.26.6360.0"): "--target=inf2 --model-type=transformer --auto-cast=none",
+    ("fp32", "vocoder", "inf2", "2.26.6360.0"): "--target=inf2 --model-type=generic --auto-cast=none --optlevel=1",
+    ("fp32", "vocoder", "trn1", "2.26.6360.0"): "--target=trn1 --model-type=generic --auto-cast=none",
+    ("bf16", "prefill", "inf2", "2.22.12471.0"):
+        "--target=inf2 --model-type=transformer --auto-cast=matmult --auto-cast-type=bf16",
+    ("bf16", "vocoder", "trn2", "2.22.12471.0"): "--target=trn2 --model-type=generic --auto-cast=none",
+    ("bf16", "conditioning", "inf2", "2.22.12471.0"): "--target=inf2 --model-type=generic --auto-cast=none",
+    ("bf16-all", "latents", "inf2", "2.22.12471.0+6f180f47"):
+        "--target=inf2 --model-type=transformer --auto-cast=all --auto-cast-type=bf16",
+    ("bf16-all", "vocoder", "inf2", "2.22.12471.0"):
+        "--target=inf2 --model-type=generic --auto-cast=all --auto-cast-type=bf16 --optlevel=1",
+    ("fp32", "decode", "inf2", "2.27.5334.0"):
+        "--target=inf2 --model-type=transformer --auto-cast=none --native-int64=disabled "
+        "--implicit-integer-downcast=all",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ARGUMENTS, ids=" ".join)
+def test_compiler_arguments(case):
+    name, *rest = case
+    assert " ".join(Precision(name).compiler_arguments(*rest)) == ARGUMENTS[case]
+
+
+def test_arguments_of_the_user():
+    """They come last, where the compiler heeds them, and a cast that they ask for loosens the tolerance."""
+    precision = Precision("fp32", {"vocoder": "-O2 --auto-cast=all"})
+    assert precision.compiler_arguments("vocoder", "inf2", "2.26")[-2:] == ("-O2", "--auto-cast=all")
+    assert precision.compiler_arguments("decode", "inf2", "2.26") == Precision().compiler_arguments(
+        "decode", "inf2", "2.26"
+    )
+    assert precision.tolerance("vocoder") == Precision("bf16-all").tolerance("vocoder")
+    assert precision.tolerance("decode") == Precision().tolerance("decode")
+
+
+def test_tolerances_follow_the_casts():
+    errors = [Precision(name).tolerance("decode").error for name in NEURON_PRECISIONS]
+    assert errors == sorted(errors)
+    assert Precision("bf16").tolerance("vocoder") == Precision("fp32").tolerance("vocoder")
+
+
+def test_bad_precisions(xtts):
+    with pytest.raises(ValueError, match="precision 'fp8' does not exist; choose one of 'fp32', 'bf16', 'bf16-all'"):
+        Precision("fp8")
+    with pytest.raises(ValueError, match="there is no graph 'vocode'; choose one of 'prefill'"):
+        Precision("fp32", {"vocode": "-O2"})
+    with pytest.raises(TypeError, match="compiler arguments of vocoder must be a string, got a list"):
+        Precision("fp32", {"vocoder": ["-O2"]})
+    for precision in ("bf16", Precision("bf16")):
+        with pytest.raises(ValueError, match="'bf16' does not exist on the host; choose one of 'fp32'"):
+            neuron_xtts.patch(xtts, backend="cpu", precision=precision)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "defect"), [("2.22.12471.0", True), ("2.24.8799.0", True), ("2.25.3371.0", False)]
+)
+def test_which_compilers_have_the_defect(compiler, defect):
+    assert has_small_kernel_defect(compiler) == defect

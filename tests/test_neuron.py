@@ -1,0 +1,432 @@
+"""The Neuron backend from end to end, on the double of torch_neuronx that executes what was lowered."""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import threading
+
+import neuron_double
+import numpy as np
+import pytest
+import torch
+from helpers import all_fallbacks, assert_identical, assert_same_speech, fallbacks, speak, unpatched_copy
+
+import neuron_xtts
+from neuron_xtts import BucketPlan
+from neuron_xtts.errors import ArtifactError, Fallback
+from neuron_xtts.graphs.transformer import MASKED
+from neuron_xtts.store import MANIFEST, MODEL, Store
+
+pytest.importorskip("torch_xla")
+
+CODES = 55  # 24 positions of the prefix below and 32 of conditioning: both sizes of decode are used
+
+
+def exactly(codes):
+    """Options for so many codes; a model changed to speak on would not be the one that was compiled."""
+    return {"min_new_tokens": codes, "max_new_tokens": codes}
+
+
+@pytest.fixture
+def patch(neuron, compiled, small_plan):
+    """Patches with the compiled store."""
+
+    def run(model, **options):
+        return neuron_xtts.patch(model, **{"backend": "neuron", "store": compiled, "buckets": small_plan, **options})
+
+    return run
+
+
+@pytest.fixture
+def spoiled(compiled, tmp_path):
+    """A copy of the compiled store."""
+    return Store(shutil.copytree(compiled, tmp_path / "store"))
+
+
+def artifact(store, name):
+    (found,) = [a for a in store if a.folder.name.startswith(f"{name}-")]
+    return found
+
+
+def test_the_same_audio(tts, reference, patch):
+    """Through ``tts.tts``, with every graph in use, and nothing left to coqui-tts."""
+    xtts = tts.synthesizer.tts_model
+    options = {"speaker_wav": str(reference), "language": "en", "split_sentences": False, **exactly(CODES)}
+
+    def say():
+        torch.manual_seed(5)
+        return np.array(tts.tts("the band plays an old song.", **options))
+
+    # 6 s at a time, so that the reference is one chunk of 259 frames.
+    xtts.config.gpt_cond_chunk_len = 6
+    theirs = say()
+    patch(tts, strict=True)
+    ours = say()
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    assert np.abs(theirs).max() > 1e-3
+    report = neuron_xtts.report(tts)
+    assert (report.backend, report.precision, report.missing) == ("neuron", "fp32", {})
+    assert set(report.graphs) == {"conditioning", "prefill", "decode", "vocoder"}
+    assert set(report.graphs["decode"]) == {"1x80", "1x128"}
+    assert set(report.graphs["vocoder"]) == {"64", "96"}  # the last window is a smaller one
+    assert all_fallbacks(tts) == {}
+    neuron_xtts.unpatch(tts)
+    assert not neuron_xtts.is_patched(tts)
+
+
+def test_parity_at_every_stage(xtts, voice, patch):
+    """Codes, latents, audio and the random state, several times in a row on the same states."""
+    theirs = [speak(xtts, voice, seed=seed, **exactly(codes)) for seed, codes in ((1, 50), (2, 3), (3, 55))]
+    patch(xtts, strict=True)
+    ours = [speak(xtts, voice, seed=seed, **exactly(codes)) for seed, codes in ((1, 50), (2, 3), (3, 55))]
+    for a, b in zip(ours, theirs, strict=True):
+        assert_same_speech(a, b)
+
+
+def test_the_latents_graph(xtts, voice, patch):
+    """Codes from elsewhere."""
+    text, codes = torch.ones(1, 9, dtype=torch.long), torch.arange(100, 140)[None]
+    arguments = (text, torch.tensor([9]), codes, torch.tensor([40 * 1024]))
+    with torch.no_grad():
+        theirs = xtts.gpt(*arguments, cond_latents=voice[0], return_latent=True)
+        patch(xtts, strict=True)
+        ours = xtts.gpt(*arguments, cond_latents=voice[0], return_latent=True)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert neuron_xtts.report(xtts).graphs["latents"]["128"].runs == 1
+
+
+def test_the_cache_of_a_generation(xtts, voice, patch):
+    """``return_dict_in_generate`` reads it back from the device, in the right order."""
+    options = {**exactly(30), "return_dict_in_generate": True}
+    text = torch.arange(1, 12)[None]
+    codes, theirs = xtts.gpt.generate(voice[0], text, **options)
+    patch(xtts, strict=True)
+    our_codes, ours = xtts.gpt.generate(voice[0], text, **options)
+    assert torch.equal(our_codes, codes)
+    for a, b in zip(ours.past_key_values.layers, theirs.past_key_values.layers, strict=True):
+        length = a.keys.shape[2]
+        torch.testing.assert_close(a.keys, b.keys[:, :, :length], rtol=0, atol=1e-5)
+        torch.testing.assert_close(a.values, b.values[:, :, :length], rtol=0, atol=1e-5)
+
+
+NEW_PROCESS = """
+import json, sys
+from pathlib import Path
+import torch
+import neuron_xtts, neuron_xtts.device
+assert "torch_neuronx" not in sys.modules and "TTS" not in sys.modules
+neuron_xtts.device.ROOT = Path(sys.argv[1])
+from neuron_xtts.demo import random_tts
+tts = random_tts(Path(sys.argv[2]), small=True)
+plan = neuron_xtts.BucketPlan(**json.loads(sys.argv[4]))
+options = dict(speaker_wav=sys.argv[5], language="en", split_sentences=False, max_new_tokens=30, min_new_tokens=30)
+def say():
+    torch.manual_seed(9)
+    return torch.tensor(tts.tts("hello there.", **options))
+theirs = say()
+neuron_xtts.patch(tts, store=sys.argv[3], buckets=plan)
+ours = say()
+report = neuron_xtts.report(tts)
+print(json.dumps({"difference": float((ours - theirs).abs().max()), "peak": float(theirs.abs().max()),
+                  "report": report.to_dict()}))
+"""
+
+
+def test_a_new_process(neuron, compiled, small_plan, reference, tmp_path):
+    """compile -> store -> new process -> patch -> tts.tts; ``backend="auto"`` finds the device."""
+    arguments = [neuron / "root", tmp_path / "model", compiled, json.dumps(small_plan.to_dict()), reference]
+    done = subprocess.run(
+        [sys.executable, "-c", NEW_PROCESS, *map(str, arguments)],
+        env=neuron_double.environment(neuron / "site", neuron / "root"),
+        capture_output=True, text=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["difference"] < 1e-4 < result["peak"]
+    assert result["report"]["backend"] == "neuron"
+    routes = {name: route["fallbacks"] for name, route in result["report"]["routes"].items() if route["fallbacks"]}
+    # coqui-tts cuts the reference into 4 s at a time; the small plan has no graph for that length.
+    assert routes == {} or set(routes) == {"GPT.get_style_emb"}
+    assert result["report"]["routes"]["GPT.generate"]["served"] == 1
+    assert result["report"]["routes"]["HifiDecoder.forward"]["served"] == 1
+
+
+# What is done to the store before patch(), for which graph, and the reason it gives.
+def corrupt(found):
+    data = bytearray((found.folder / MODEL).read_bytes())
+    data[len(data) // 2] ^= 255
+    (found.folder / MODEL).write_bytes(data)
+
+
+def truncate(found):
+    data = (found.folder / MODEL).read_bytes()
+    (found.folder / MODEL).write_bytes(data[: len(data) // 2])
+
+
+def change_manifest(found):
+    recipe = found.manifest["recipe"] | {"precision": "bf16"}
+    (found.folder / MANIFEST).write_text(json.dumps(found.manifest | {"recipe": recipe}))
+
+
+SPOILED = {
+    "corrupt": (corrupt, "is corrupt: its checksum is not that of its manifest"),
+    "truncated": (truncate, "is corrupt: its checksum is not that of its manifest"),
+    "no file": (lambda found: (found.folder / MODEL).unlink(), "cannot be read"),
+    "no manifest": (lambda found: (found.folder / MANIFEST).unlink(), "not compiled"),
+    "half a manifest": (lambda found: (found.folder / MANIFEST).write_text('{"schema": 1, "re'), "not compiled"),
+    "another manifest": (change_manifest, "compiled for something else: another precision"),
+    "quarantined": (lambda found: found.record(quarantined="wrong results: so it says"), "wrong results: so it says"),
+}
+
+
+@pytest.mark.parametrize("fault", SPOILED)
+def test_a_spoiled_artifact(xtts, voice, patch, spoiled, fault):
+    spoil, reason = SPOILED[fault]
+    theirs = speak(xtts, voice, max_new_tokens=12)
+    spoil(artifact(spoiled, "prefill-64"))
+    plan = BucketPlan(prefill=(64,), decode=(), slots=(), latents=(), vocoder=(), conditioning=())
+    patch(xtts, store=spoiled.root, buckets=plan)
+    assert reason in neuron_xtts.report(xtts).missing["prefill 64"]
+    assert_identical(speak(xtts, voice, max_new_tokens=12), theirs)
+
+
+def test_missing_graphs_are_named(xtts, voice, patch, tmp_path, caplog, small_plan):
+    theirs = speak(xtts, voice, max_new_tokens=12)
+    with caplog.at_level(logging.WARNING, logger="neuron_xtts"):
+        patch(xtts, store=tmp_path / "empty")
+    (record,) = [record for record in caplog.records if record.name == "neuron_xtts.backends.neuron"]
+    assert "7 of 7 graphs are not to be had" in record.getMessage()
+    assert "neuron_xtts.compile(model), or neuron-xtts compile --checkpoint DIR" in record.getMessage()
+    assert_identical(speak(xtts, voice, max_new_tokens=12), theirs)
+    assert all_fallbacks(xtts) == {
+        "GPT.generate": {"no decode graph: not compiled": 1},
+        "GPT.forward": {"no latents graph: not compiled": 1},
+        "HifiDecoder.forward": {"no vocoder graph: not compiled": 1},
+    }
+
+
+def test_the_next_window(xtts, voice, patch, spoiled):
+    """One window of the vocoder is missing: the other serves."""
+    theirs = speak(xtts, voice, max_new_tokens=30)
+    shutil.rmtree(artifact(spoiled, "vocoder-96").folder)
+    patch(xtts, store=spoiled.root)
+    assert_same_speech(speak(xtts, voice, max_new_tokens=30), theirs)
+    report = neuron_xtts.report(xtts)
+    assert set(report.graphs["vocoder"]) == {"64"}
+    assert report.missing == {"vocoder 96": "not compiled"}
+    assert all_fallbacks(xtts) == {}
+
+
+def test_other_versions(xtts, voice, compiled, small_plan, tmp_path, monkeypatch, neuron):
+    """What another compiler made is not used, and it is said why."""
+    neuron_double.install(tmp_path / "site", neuronx_cc="2.25.3371.0")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    theirs = speak(xtts, voice, max_new_tokens=12)
+    neuron_xtts.patch(xtts, backend="neuron", store=compiled, buckets=small_plan)
+    assert_identical(speak(xtts, voice, max_new_tokens=12), theirs)
+    assert fallbacks(xtts, "GPT.generate") == {"no decode graph: compiled for something else: other versions": 1}
+
+
+def test_other_weights(xtts, voice, patch):
+    """Changed before patch()."""
+    with torch.no_grad():
+        xtts.gpt.gpt.h[0].mlp.c_fc.weight[0, 0] += 1
+    theirs = speak(xtts, voice, max_new_tokens=12)
+    patch(xtts)
+    assert_same_speech(speak(xtts, voice, max_new_tokens=12), theirs)
+    assert fallbacks(xtts, "GPT.generate") == {"no decode graph: compiled for something else: weights changed": 1}
+    assert fallbacks(xtts, "HifiDecoder.forward") == {}  # whose weights are the same
+
+
+def test_weights_changed(xtts, voice, patch):
+    """Changed under the patch, and changed back."""
+    patch(xtts)
+    before = unpatched_copy(xtts).state_dict()
+    with torch.no_grad():
+        xtts.gpt.gpt.ln_f.weight *= 1.5
+    ours = speak(xtts, voice, max_new_tokens=12)
+    assert fallbacks(xtts, "GPT.generate") == fallbacks(xtts, "GPT.forward") == {"weights changed": 1}
+    assert_same_speech(ours, speak(unpatched_copy(xtts), voice, max_new_tokens=12))
+    xtts.load_state_dict(before)
+    assert_same_speech(speak(xtts, voice, max_new_tokens=12), speak(unpatched_copy(xtts), voice, max_new_tokens=12))
+    assert fallbacks(xtts, "GPT.generate") == {"weights changed": 1}  # not once more
+
+
+def test_hooks_on_inner_layers(xtts, voice, patch):
+    """A compiled program calls no Python: hooks that the host backend honours make it fall back."""
+    patch(xtts)
+    xtts.gpt.gpt.h[0].mlp.c_fc.register_forward_hook(lambda module, inputs, output: output * 1.5)
+    ours = speak(xtts, voice, max_new_tokens=12)
+    assert_same_speech(ours, speak(unpatched_copy(xtts), voice, max_new_tokens=12))
+    assert fallbacks(xtts, "GPT.generate") == {"forward hooks": 1}
+
+
+# At run time: the fault, the route that meets it, and its reason
+FAULTS = {
+    "NaN while decoding": ("nan:decode", "GPT.generate", "logits that are not finite"),
+    "NaN in the vocoder": ("nan:vocoder", "HifiDecoder.forward", "audio that is not finite"),
+    "device error at prefill": ("exec@0:prefill", "GPT.generate", "RuntimeError: "),
+    "device error at the first step": ("exec@0:decode", "GPT.generate", "RuntimeError: "),
+    "device error at step 9": ("exec@9:decode", "GPT.generate", "RuntimeError: "),
+    "device error after growing": ("exec@40:decode", "GPT.generate", "RuntimeError: "),
+    "device error in the vocoder": ("exec@1:vocoder", "HifiDecoder.forward", "RuntimeError: "),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_on_the_device(xtts, voice, patch, monkeypatch, fault):
+    theirs = speak(xtts, voice, **exactly(CODES))
+    patch(xtts)
+    what, route, reason = FAULTS[fault]
+    import torch_neuronx
+
+    torch_neuronx._reset()
+    monkeypatch.setenv("NEURON_DOUBLE_FAULT", what)
+    assert_same_speech(speak(xtts, voice, **exactly(CODES)), theirs)
+    ((name, counted),) = all_fallbacks(xtts).items()
+    ((counted_reason, count),) = counted.items()
+    assert (name, count) == (route, 1)
+    assert counted_reason.startswith(reason)
+    monkeypatch.delenv("NEURON_DOUBLE_FAULT")
+    assert_same_speech(speak(xtts, voice, **exactly(CODES)), theirs)
+    assert sum(sum(counts.values()) for counts in all_fallbacks(xtts).values()) == 1
+
+
+@pytest.mark.parametrize("fault", ["busy", "oom"])
+def test_no_room_on_the_core(xtts, voice, patch, monkeypatch, fault):
+    """At load: nothing is to be had, and coqui-tts speaks."""
+    monkeypatch.setenv("NEURON_DOUBLE_FAULT", fault)
+    theirs = speak(xtts, voice, max_new_tokens=12)
+    patch(xtts)
+    assert_identical(speak(xtts, voice, max_new_tokens=12), theirs)
+    message = {"busy": "not available", "oom": "Failed to allocate"}[fault]
+    (reason,) = fallbacks(xtts, "GPT.generate")
+    assert message in reason
+
+
+def test_a_graph_that_keeps_failing_is_given_up(xtts, voice, patch, monkeypatch, caplog):
+    """Three sentences pay for the error, three more for that of the next bucket; then there is no such graph."""
+    patch(xtts)
+    import torch_neuronx
+
+    for i in range(7):
+        torch_neuronx._reset()
+        monkeypatch.setenv("NEURON_DOUBLE_FAULT", "exec@0:decode")
+        speak(xtts, voice, seed=i, max_new_tokens=5)
+    counted = fallbacks(xtts, "GPT.generate")
+    assert sorted(counted.values()) == [1, 6]
+    (given_up,) = [reason for reason, count in counted.items() if count == 1]
+    assert given_up.startswith("no decode graph: given up after 3 errors in a row: RuntimeError")
+
+
+def test_first_load_on_a_device(xtts, voice, patch, spoiled):
+    """What was compiled elsewhere is verified when it is loaded first, and never again."""
+    for found in spoiled:
+        found.record(verification=None)
+    patch(xtts, store=spoiled.root, strict=True)
+    assert neuron_xtts.report(xtts).missing == {}
+    notes = {found.folder.name: found.manifest["verification"] for found in spoiled}
+    assert len(notes) == 7
+    assert all(note["error"] < 1e-4 and note["pcc"] > 0.9999 for note in notes.values())
+    assert all(note["machine"] == "inf2.xlarge" for note in notes.values())
+    neuron_xtts.patch(xtts, backend="neuron", store=spoiled.root, buckets=BucketPlan.static())
+    assert {found.folder.name: found.manifest["verification"] for found in spoiled} == notes
+
+
+def test_wrong_results_at_first_load(xtts, voice, patch, spoiled, monkeypatch):
+    """They are quarantined, for good."""
+    artifact(spoiled, "vocoder-96").record(verification=None)
+    monkeypatch.setenv("NEURON_DOUBLE_FAULT", "nan:vocoder-96")
+    theirs = speak(xtts, voice, max_new_tokens=30)
+    patch(xtts, store=spoiled.root)
+    reason = neuron_xtts.report(xtts).missing["vocoder 96"]
+    assert reason.startswith("wrong results: error inf and correlation 0.0")
+    monkeypatch.delenv("NEURON_DOUBLE_FAULT")
+    patch(xtts, store=spoiled.root)
+    assert neuron_xtts.report(xtts).missing == {"vocoder 96": reason}
+    assert_same_speech(speak(xtts, voice, max_new_tokens=30), theirs)
+    assert set(neuron_xtts.report(xtts).graphs["vocoder"]) == {"64"}
+
+
+def test_a_store_that_cannot_be_written(xtts, patch, spoiled, monkeypatch, caplog):
+    """One that many machines share: artifacts are verified, the result is not kept."""
+    artifact(spoiled, "prefill-64").record(verification=None)
+
+    def refuse(path, data):
+        raise PermissionError(13, "read-only", str(path))
+
+    monkeypatch.setattr("neuron_xtts.store.write_json", refuse)
+    with caplog.at_level(logging.WARNING, logger="neuron_xtts"):
+        patch(xtts, store=spoiled.root)
+    assert neuron_xtts.report(xtts).missing == {}
+    assert "could not be updated" in caplog.text
+
+
+def backend_of(xtts):
+    from neuron_xtts.api import _patches
+
+    return _patches[xtts].engine.backend
+
+
+def test_one_owner_of_a_state(xtts, patch):
+    """Two that decode on one graph: the later one has it, the earlier is told so."""
+    patch(xtts)
+    backend = backend_of(xtts)
+    embeds = torch.randn(1, 1, 64)
+    mask = torch.full((1, 1, 1, 80), MASKED)
+    mask[..., 0] = 0
+    inputs = (embeds, torch.zeros(1, dtype=torch.int32), mask)
+    first = backend.new_state(1, 80)
+    first.step(*inputs)
+    second = backend.new_state(1, 80)
+    second.step(*inputs)
+    with pytest.raises(Fallback, match="another call took over the decode graph"):
+        first.step(*inputs)
+    with pytest.raises(RuntimeError, match="rows are filled before the first step"):
+        second.fill(0, [], 0)
+
+
+def test_shapes_are_checked_before_the_device_sees_them(xtts, patch):
+    patch(xtts)
+    with pytest.raises(ArtifactError, match=r"prefill was given .* it was compiled for"):
+        backend_of(xtts).run("prefill", (64,), torch.randn(1, 63, 64), torch.zeros(1, dtype=torch.int32))
+    with pytest.raises(ArtifactError, match="int64"):
+        backend_of(xtts).run("prefill", (64,), torch.randn(1, 64, 64), torch.zeros(1, dtype=torch.int64))
+
+
+def test_the_core(xtts, voice, patch, monkeypatch):
+    """``neuron:1``, and what NEURON_RT_VISIBLE_CORES leaves."""
+    import torch_neuronx
+
+    torch_neuronx._reset()
+    patch(xtts, backend="neuron:1")
+    speak(xtts, voice, max_new_tokens=5)
+    from torch_neuronx import _runtime
+
+    assert {core for _, core in _runtime.executions} == {1}, _runtime.executions
+    with pytest.raises(ValueError, match="'neuron:2': this process may use 2 NeuronCores, counted from 0"):
+        patch(xtts, backend="neuron:2")
+    monkeypatch.setenv("NEURON_RT_VISIBLE_CORES", "1")
+    with pytest.raises(ValueError, match="'neuron:1': this process may use 1 NeuronCores"):
+        patch(xtts, backend="neuron:1")
+
+
+def test_threads(xtts, voice, patch):
+    """They take turns; the double refuses two calls at a time of a graph with a state."""
+    text = torch.arange(1, 10)[None]
+    (theirs,) = {tuple(xtts.gpt.generate(voice[0], text, **exactly(20))[0].tolist())}
+    patch(xtts, strict=True)
+    results = []
+    threads = [
+        threading.Thread(
+            target=lambda: results.append(tuple(xtts.gpt.generate(voice[0], text, **exactly(20))[0].tolist()))
+        )
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [theirs] * 4
