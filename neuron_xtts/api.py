@@ -146,9 +146,10 @@ def compile(
 
     Raises:
         NeuronMissingError: ``backend="neuron"`` without Neuron's packages, or no target is known.
-        TypeError, ModelNotReadyError, UnsupportedVersionError, ValueError: as for `patch`.
+        ModelNotReadyError: as for `patch`, or the weights are not in fp32 on the CPU.
+        TypeError, UnsupportedVersionError, ValueError: as for `patch`.
     """
-    from neuron_xtts.compiler import TIMEOUT, CompileSummary, compile_all, make_recipes
+    from neuron_xtts.compiler import TIMEOUT, CompileSummary, check_exact, compile_all, make_recipes
     from neuron_xtts.engine import make_graphs
 
     check_versions()
@@ -160,6 +161,7 @@ def compile(
         return summary
     start = time.monotonic()
     graphs, summary.missing = make_graphs(xtts.gpt, xtts.hifigan_decoder)
+    check_exact(graphs)
     recipes = make_recipes(graphs, options.static_plan, options.precision, options.neuron, summary.weights)
     summary.store = options.store.root
     summary.entries = compile_all(

@@ -43,15 +43,16 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--checkpoint", type=Path, metavar="DIR", help="a real XTTS v2 checkpoint")
     model.add_argument("--small", action="store_true", help="a small model, for a quick look")
 
-    neuron = argparse.ArgumentParser(add_help=False)
+    plan = argparse.ArgumentParser(add_help=False)
+    plan.add_argument("--store", type=Path, metavar="DIR", help="of compiled graphs (default: the user's cache)")
+    plan.add_argument(
+        "--sizes", type=_sizes, action="append", default=[], metavar="FIELD=N,N",
+        help="of the bucket plan, such as decode=512 or slots=1,4; nothing after the = leaves the graph out",
+    )  # fmt: skip
+    neuron = argparse.ArgumentParser(add_help=False, parents=[plan])
     neuron.add_argument(
         "--precision", default="fp32", metavar="NAME", help="fp32, or on Neuron bf16 or bf16-all (default: %(default)s)"
     )
-    neuron.add_argument("--store", type=Path, metavar="DIR", help="of compiled graphs (default: the user's cache)")
-    neuron.add_argument(
-        "--sizes", type=_sizes, action="append", default=[], metavar="FIELD=N,N",
-        help="of the bucket plan, such as decode=512 or slots=1,4",
-    )  # fmt: skip
     neuron.add_argument(
         "--compiler-args", type=_assignment, action="append", default=[], metavar="GRAPH=ARGS",
         help="of neuronx-cc for one graph, such as vocoder=-O2",
@@ -91,13 +92,12 @@ def _parser() -> argparse.ArgumentParser:
 
     graphs = commands.add_parser(
         "graphs",
-        parents=[model],
+        parents=[model, plan],
         help="list, verify and prune compiled graphs; lower them",
         description="Without options, list the store. --lower shows what the installed XLA frontend (torch-xla, or "
         "torch-neuronx's) makes of every graph of the static bucket plan, and whatever stands against compiling it.",
     )
     graphs.set_defaults(run=_graphs)
-    graphs.add_argument("--store", type=Path, metavar="DIR", help="of compiled graphs (default: the user's cache)")
     what = graphs.add_mutually_exclusive_group()
     what.add_argument("--lower", action="store_true", help="lower the graphs; exit with 1 if anything is against them")
     what.add_argument("--verify", action="store_true", help="check the artifacts' checksums; exit with 1 if one is off")
@@ -143,8 +143,8 @@ def _sizes(value: str) -> tuple[str, tuple[int, ...]]:
     return name, tuple(_positive(size) for size in sizes.split(",") if size)
 
 
-def _plan(arguments: argparse.Namespace) -> BucketPlan | None:
-    return replace(BucketPlan.static(), **dict(arguments.sizes)) if arguments.sizes else None
+def _plan(arguments: argparse.Namespace) -> BucketPlan:
+    return replace(BucketPlan.static(), **dict(arguments.sizes))
 
 
 def _precision(arguments: argparse.Namespace) -> Precision:
@@ -169,7 +169,7 @@ def _demo(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             backend=arguments.backend,
             precision=_precision(arguments),
-            buckets=_plan(arguments),
+            buckets=_plan(arguments) if arguments.sizes else None,
             store=arguments.store,
         )
     )
@@ -255,7 +255,7 @@ def _lower(arguments: argparse.Namespace) -> int:
     xtts = demo.load_or_make(arguments.checkpoint, arguments.small).synthesizer.tts_model
     graphs, missing = make_graphs(xtts.gpt, xtts.hifigan_decoder)
     with tempfile.TemporaryDirectory() as scratch:
-        lowered = lower_all(graphs, BucketPlan.static(), Path(scratch), progress=True)
+        lowered = lower_all(graphs, _plan(arguments), Path(scratch), progress=True)
     if arguments.json:
         print(json.dumps([asdict(lowering) for lowering in lowered], indent=2))
     else:

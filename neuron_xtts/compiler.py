@@ -24,7 +24,7 @@ from tqdm import tqdm
 from neuron_xtts import graphs as graph_sources
 from neuron_xtts.buckets import Bucket, BucketPlan, bucket_name
 from neuron_xtts.device import TARGET_VARIABLE, Neuron
-from neuron_xtts.errors import NeuronXttsError
+from neuron_xtts.errors import ModelNotReadyError, NeuronXttsError
 from neuron_xtts.graphs.transformer import Decode
 from neuron_xtts.lowering import Lowering, traceable
 from neuron_xtts.precision import TRANSFORMER_GRAPHS, Precision, has_small_kernel_defect
@@ -149,6 +149,17 @@ def make_recipes(
     return recipes
 
 
+def check_exact(graphs: Mapping[str, Any]) -> None:
+    """Raise `ModelNotReadyError` unless all weights are in fp32 on the CPU: the compiler does the rest."""
+    for name, graph in graphs.items():
+        for tensor in tensors_of(graph):
+            if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.int64):
+                raise ModelNotReadyError(
+                    f"The {name} graph has weights of {tensor.dtype} on {tensor.device}; expected torch.float32 on the "
+                    'CPU: model.to("cpu").float(), compile, and choose the precision with precision=...'
+                )
+
+
 def source_digest() -> str:
     """Of the code that graphs are made by."""
     folder = Path(graph_sources.__file__).parent
@@ -162,7 +173,7 @@ class Jobs:
     Args:
         scratch: a folder for their files.
         graphs: by name, as the engine makes them.
-        workers: how many at a time, whatever the memory; None for half of the processors.
+        workers: how many at a time, whatever the memory; None for as many as processors, if memory allows.
         timeout: seconds for one.
         fill: as for `traceable`.
     """
@@ -172,7 +183,7 @@ class Jobs:
     ) -> None:
         self.scratch = scratch
         self.timeout = timeout
-        self.pool = ThreadPoolExecutor(workers or max(1, (os.cpu_count() or 2) // 2))
+        self.pool = ThreadPoolExecutor(workers or os.cpu_count())
         modules = traceable(graphs, fill=fill)
         # Those of the transformer in one file, where the weights that they share are written once.
         self._files = {name: f"{'transformer' if name in TRANSFORMER_GRAPHS else name}.pt" for name in modules}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from neuron_xtts.device import TARGET_VARIABLE, TARGETS, Neuron, find_neuron
 from neuron_xtts.errors import NeuronMissingError
 from neuron_xtts.precision import HOST_PRECISIONS, NEURON_PRECISIONS, Precision
 from neuron_xtts.store import Store
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,15 @@ class Options:
             neuron = find_neuron()
             neuron = replace(neuron, target=target or neuron.target)
             problems = [*neuron.package_problems(), *(neuron.device_problems() if to_run else ())]
-            if problems and name[1] == "neuron":
-                raise NeuronMissingError("backend='neuron': " + "; ".join(problems))
+            usable = not problems
+            if usable and neuron.target is None:
+                problems = [_no_target(neuron)]
+            # With Neuron's packages here, compile() must not take the lack of a target for a wish to stay on the host.
+            if problems and (name[1] == "neuron" or (usable and not to_run)):
+                raise NeuronMissingError(f"backend={backend!r}: " + "; ".join(problems))
             if problems:
+                if neuron.there:
+                    logger.warning("Neuron cannot be used, graphs run on the host: %s", "; ".join(problems))
                 neuron = None
         core = int(name[2] or 0)
         if neuron is not None:
@@ -102,12 +111,14 @@ class Options:
         )
 
 
+def _no_target(neuron: Neuron) -> str:
+    return (
+        f"this machine ({neuron.instance or 'of unknown type'}) is no Neuron instance that is known, so the compiler "
+        f"needs the name of one: compile(model, target='inf2'), neuron-xtts compile --target inf2, or {TARGET_VARIABLE}=inf2"
+    )
+
+
 def _check_neuron(neuron: Neuron, core: int, buckets: BucketPlan | None, to_run: bool) -> None:
-    if neuron.target is None:
-        raise NeuronMissingError(
-            f"this machine ({neuron.instance or 'of unknown type'}) is no Neuron instance, so the compiler needs the "
-            f"name of one: compile(model, target='inf2'), neuron-xtts compile --target inf2, or {TARGET_VARIABLE}=inf2"
-        )
     if to_run and core >= neuron.cores:
         raise ValueError(f"backend='neuron:{core}': this process may use {neuron.cores} NeuronCores, counted from 0")
     exact = [field.name for field in fields(BucketPlan) if buckets and getattr(buckets, field.name) is None]

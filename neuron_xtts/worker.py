@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from neuron_xtts.graphs.transformer import OUTPUTS
 from neuron_xtts.lowering import in_bucket
 from neuron_xtts.store import MODEL, Store, write_json
 
@@ -81,7 +82,7 @@ def compile_graph(job: Job) -> dict[str, Any]:
         traced = torch_neuronx.trace(
             module.eval(),
             tuple(inputs.values()),
-            input_output_aliases={state: i + 2 for i, state in enumerate(states)},  # after latents and logits
+            input_output_aliases={state: i + OUTPUTS for i, state in enumerate(states)},
             compiler_workdir=str(folder / f"{job.graph}-{'x'.join(map(str, job.bucket))}"),
             compiler_args=list(job.arguments),
             cpu_backend=True,

@@ -209,6 +209,15 @@ def test_four_processes_make_it_once(neuron_root, tmp_path):
     assert list(Store(tmp_path / "store").leftovers()) == []
 
 
+def test_weights_that_are_not_exact(tts, neuron, tmp_path):
+    tts.synthesizer.tts_model.gpt.half()
+    with pytest.raises(
+        neuron_xtts.ModelNotReadyError, match=r"weights of torch\.float16 on cpu; expected torch\.float32"
+    ):
+        neuron_xtts.compile(tts, store=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_timeout(graphs, tmp_path):
     with (
         Jobs(tmp_path, graphs, workers=1, timeout=0.3, fill=False) as jobs,

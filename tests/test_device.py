@@ -72,6 +72,17 @@ def test_packages_without_a_driver(host, xtts):
         neuron_xtts.compile(xtts, target="inf9")
 
 
+def test_a_device_on_an_unknown_instance(host, xtts, caplog):
+    """A container may hide its instance's type: "auto" says so and stays on the host."""
+    neuron_double.install(host / "site")
+    neuron_double.machine(host / "root", instance="")
+    neuron_xtts.patch(xtts)
+    assert neuron_xtts.report(xtts).backend == "cpu"
+    assert "Neuron cannot be used, graphs run on the host: this machine (of unknown type)" in caplog.text
+    with pytest.raises(NeuronMissingError, match="NEURON_PLATFORM_TARGET_OVERRIDE=inf2"):
+        neuron_xtts.patch(xtts, backend="neuron")
+
+
 def test_a_driver_without_devices(host):
     neuron_double.install(host / "site")
     neuron_double.machine(host / "root", devices=0)

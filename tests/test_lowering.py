@@ -11,15 +11,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from neuron_xtts import BucketPlan, FrontendMissingError
+from neuron_xtts.buckets import bucket_name
 from neuron_xtts.cli import main
 from neuron_xtts.engine import make_graphs
 from neuron_xtts.graphs.transformer import StatefulDecode
 from neuron_xtts.graphs.vocoder import Vocoder, fold_weight_norm
-from neuron_xtts.lowering import Program, lower, lower_all, on_device
+from neuron_xtts.lowering import Program, frontend, in_bucket, lower, traceable
 
 torch_xla = pytest.importorskip("torch_xla")
 
-PLAN = BucketPlan(prefill=(40,), decode=(48,), slots=(1, 3), latents=(50,), vocoder=(32,))
+PLAN = BucketPlan(prefill=(40,), decode=(48,), slots=(1, 3), latents=(50,), vocoder=(32,), conditioning=(29,))
 
 
 @pytest.fixture(scope="module")
@@ -30,25 +31,37 @@ def graphs(tts_original):
     return graphs
 
 
+def on_device(graphs, plan, names=None):
+    """Every graph of a plan in the form that is compiled, on the XLA device."""
+    prepared = traceable(graphs)
+    for name in names or prepared:
+        for bucket in plan.buckets(name):
+            module, inputs = in_bucket(copy.deepcopy(prepared[name]), bucket)
+            yield name, bucket, module.to(torch_xla.device()), inputs
+
+
 def test_every_graph_lowers(graphs):
-    lowered = {(lowering.graph, lowering.bucket): lowering for lowering in lower_all(graphs, PLAN)}
+    lowered = {}
+    for name, bucket, module, inputs in on_device(graphs, PLAN):
+        lowered[name, bucket] = lower(name, bucket_name(bucket), module, inputs)
     assert set(lowered) == {
-        ("prefill", "40"), ("decode", "1x48"), ("decode", "3x48"), ("latents", "50"), ("vocoder", "32"),
+        ("prefill", (40,)), ("decode", (1, 48)), ("decode", (3, 48)), ("latents", (50,)), ("vocoder", (32,)),
+        ("conditioning", (29,)),
     }  # fmt: skip
     for lowering in lowered.values():
-        assert lowering.clean, lowering
+        assert lowering.problems == [], lowering
         assert lowering.operators["parameter"] > 3
-    assert lowered["decode", "1x48"].operators["scatter"] == 4  # keys and values of two blocks
-    assert lowered["vocoder", "32"].operators["convolution"] == 83
+    assert lowered["decode", (1, 48)].operators["scatter"] == 4  # keys and values of two blocks
+    assert lowered["vocoder", (32,)].operators["convolution"] == 83
 
 
 @torch.no_grad()
 def test_what_was_lowered_computes_the_same(graphs):
     """Each graph on XLA's CPU device against the same graph on the host, state included."""
-    for name, _, module, inputs in on_device(graphs, PLAN):
+    for name, bucket, module, inputs in on_device(graphs, PLAN):
         host = graphs[name]
         if isinstance(module, StatefulDecode):
-            host = StatefulDecode(host, *module.states[0].shape[0:3:2])
+            host = StatefulDecode(host, *bucket)
             for ours, theirs in zip(host.states, module.states, strict=True):
                 ours.normal_()
                 theirs.copy_(ours)
@@ -75,7 +88,8 @@ def test_folding_leaves_the_model_alone(tts_original):
 
 def test_flops_and_bytes(graphs):
     """Against counting by hand: the products of the trunk, and everything that goes in and out."""
-    (lowering,) = lower_all({"latents": graphs["latents"]}, BucketPlan(latents=(50,)))
+    ((name, bucket, module, inputs),) = on_device(graphs, PLAN, ["latents"])
+    lowering = lower(name, bucket_name(bucket), module, inputs)
     length, channels, blocks = 50, 64, 2
     products = 2 * length * 12 * channels**2 + 2 * 2 * length**2 * channels  # linear layers; scores and their use
     assert lowering.flops == blocks * products
@@ -117,14 +131,14 @@ def test_unlowered_operators(name):
     function, operator = UNLOWERED[name]
     lowering = lower_one(function, X)
     assert operator in lowering.unlowered
-    assert not lowering.clean
+    assert lowering.problems
 
 
 def test_disconnected_inputs():
     """One that is not used, and one that an unlowered operator cuts off."""
     lowering = lower_one(lambda x, y: x * 2, X, X)
     assert lowering.disconnected == ["input 1"]
-    assert not lowering.clean
+    assert lowering.problems
     lowering = lower_one(lambda x, y: F.interpolate(x, scale_factor=1.0, mode="linear") + y, X, X)
     assert lowering.disconnected == ["input 0"]
 
@@ -155,11 +169,11 @@ def test_rejected_patterns(name):
     function, finding = REJECTED[name]
     lowering = lower_one(function, X)
     assert any(found.startswith(finding) for found in lowering.rejected), lowering
-    assert not lowering.clean
+    assert lowering.problems
 
 
 def test_a_maximum_is_not_an_infinite_mask():
-    assert lower_one(lambda x: torch.softmax(x, -1), X).clean
+    assert lower_one(lambda x: torch.softmax(x, -1), X).problems == []
 
 
 HLO = """
@@ -176,6 +190,7 @@ BY_HAND = {
     "dynamic-update-slice at an index that is not constant": (
         "f32[4,8]{1,0} dynamic-update-slice(f32[4,8]{1,0} %p0, f32[1,8]{1,0} %p1, s32[] %p2, s32[] %zero)"
     ),
+    "64-bit floats": "f64[4,8]{1,0} convert(f32[4,8]{1,0} %p0)",
     "complex numbers": "c64[4,8]{1,0} complex(f32[4,8]{1,0} %p0, f32[4,8]{1,0} %p0)",
     "dynamic shapes": "f32[<=4,8]{1,0} set-dimension-size(f32[4,8]{1,0} %p0, s32[] %p2), dimensions={0}",
     "strided convolution with dilated input": (
@@ -197,19 +212,21 @@ def test_dynamic_update_slice_at_a_constant():
 
 
 def test_command(capsys):
-    assert main(["graphs", "--lower", "--small", "--json"]) == 0
+    sizes = ["prefill=40", "decode=48", "latents=50", "vocoder=32", "conditioning=29"]
+    assert main(["graphs", "--lower", "--small", "--json", *(f"--sizes={size}" for size in sizes)]) == 0
     lowered = json.loads(capsys.readouterr().out)
-    assert {entry["graph"] for entry in lowered} == {"prefill", "decode", "latents", "vocoder"}
+    assert {entry["graph"] for entry in lowered} == {"prefill", "decode", "latents", "vocoder", "conditioning"}
     assert all(entry["unlowered"] == entry["disconnected"] == entry["rejected"] == [] for entry in lowered)
-    assert main(["graphs", "--lower", "--small"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(lowered) + 2
-    assert all(line.rstrip().endswith("none") for line in lines[2:])
+    sizes = ["prefill=", "decode=", "latents=", "vocoder=32,40", "conditioning="]
+    assert main(["graphs", "--lower", "--small", *(f"--sizes={size}" for size in sizes)]) == 0
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[:2] for row in rows] == [["vocoder", "32"], ["vocoder", "40"]]
+    assert all(row.rstrip().endswith("none") for row in rows)
 
 
 def test_no_frontend(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch_xla", None)
     with pytest.raises(FrontendMissingError, match=r"pip install torch-xla==\d"):
-        list(lower_all({}, PLAN))
+        frontend()
     assert main(["graphs", "--lower", "--small"]) == 1
     assert "pip install torch-xla" in capsys.readouterr().err

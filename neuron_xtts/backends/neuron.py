@@ -14,7 +14,7 @@ from torch import Tensor
 
 from neuron_xtts.buckets import Bucket, BucketPlan, bucket_name
 from neuron_xtts.errors import ArtifactError, Fallback
-from neuron_xtts.graphs.transformer import Decode
+from neuron_xtts.graphs.transformer import OUTPUTS, Decode
 from neuron_xtts.precision import Precision
 from neuron_xtts.store import Artifact, Recipe, Store
 from neuron_xtts.verification import deviation
@@ -206,7 +206,7 @@ def verify(
         if cache:
             loaded.write(cache)
         outputs = loaded(*inputs)
-        return [*outputs[: len(outputs) - recipe.states], *loaded.read()]
+        return [*outputs[:OUTPUTS], *loaded.read()] if cache else outputs
 
     found = deviation(run, graph, recipe.bucket)
     reason = found.beyond(precision.tolerance(recipe.graph))

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 # in fp32 its exponential is exactly zero.
 MASKED = -1e9
 
+OUTPUTS = 2  # of decoding, latents and logits; the cache follows them
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention of ``q`` (B, H, L, K) over ``k`` and ``v`` (B, H, S, K) with an additive ``mask``, if any."""
