@@ -149,8 +149,9 @@ def compile(
         ModelNotReadyError: as for `patch`, or the weights are not in fp32 on the CPU.
         TypeError, UnsupportedVersionError, ValueError: as for `patch`.
     """
-    from neuron_xtts.compiler import TIMEOUT, CompileSummary, check_exact, compile_all, make_recipes
+    from neuron_xtts.compiler import CompileSummary, check_exact, compile_all, make_recipes
     from neuron_xtts.engine import make_graphs
+    from neuron_xtts.jobs import TIMEOUT
 
     check_versions()
     xtts = find_xtts(model)

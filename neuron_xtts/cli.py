@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from neuron_xtts.buckets import BucketPlan, bucket_name
-from neuron_xtts.errors import NeuronXttsError
+from neuron_xtts.errors import NeuronMissingError, NeuronXttsError
 from neuron_xtts.precision import Precision
 from neuron_xtts.report import table
 from neuron_xtts.store import Store
@@ -281,9 +281,11 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from neuron_xtts.doctor import examine
     from neuron_xtts.options import Options
 
-    options = Options.make(
-        "auto", _precision(arguments), _plan(arguments), arguments.store, to_run=False, target=arguments.target
-    )
+    precision, plan = _precision(arguments), _plan(arguments)
+    try:
+        options = Options.make("auto", precision, plan, arguments.store, to_run=False, target=arguments.target)
+    except NeuronMissingError:  # which is among the problems
+        options = Options.make("cpu", "fp32", plan, arguments.store, to_run=False)
     model = None
     if arguments.checkpoint or arguments.small:
         model = demo.load_or_make(arguments.checkpoint, arguments.small).synthesizer.tts_model

@@ -1,20 +1,14 @@
-"""Compile jobs: a subprocess for each graph, limited by memory and time; what comes out goes to the store."""
+"""Compiling the graphs of a plan: what is missing is lowered, compiled, stored and verified."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from concurrent.futures import as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +18,15 @@ from tqdm import tqdm
 from neuron_xtts import graphs as graph_sources
 from neuron_xtts.buckets import Bucket, BucketPlan, bucket_name
 from neuron_xtts.device import TARGET_VARIABLE, Neuron
-from neuron_xtts.errors import ModelNotReadyError, NeuronXttsError
+from neuron_xtts.errors import ModelNotReadyError
 from neuron_xtts.graphs.transformer import Decode
-from neuron_xtts.lowering import Lowering, traceable
-from neuron_xtts.precision import TRANSFORMER_GRAPHS, Precision, has_small_kernel_defect
+from neuron_xtts.jobs import TIMEOUT, JobError, Jobs
+from neuron_xtts.lowering import Lowering
+from neuron_xtts.precision import Precision, has_small_kernel_defect
 from neuron_xtts.report import table
-from neuron_xtts.store import LOG, MODEL, Recipe, Store, write_json
+from neuron_xtts.store import LOG, MODEL, Recipe, Store
 from neuron_xtts.version import __version__
 from neuron_xtts.weights import Digester, tensors_of
-from neuron_xtts.worker import RESULT, Job
-
-# What a job may need beside the graph's weights, and how often it holds these: in torch, in the program's text, in the
-# compiler. Guesses on the safe side; neuronx-cc's own documentation gives no figures.
-_BASE_BYTES = 2 << 30
-_COPIES = 6
-
-TIMEOUT = 3600.0  # seconds for one graph; the longest reported compilation of a graph of this size took ten minutes
-_TAIL = 20  # lines of a log that are shown
-
-
-class JobError(NeuronXttsError):
-    """A job failed; the message has the last lines of its log."""
 
 
 @dataclass
@@ -153,7 +135,8 @@ def check_exact(graphs: Mapping[str, Any]) -> None:
     """Raise `ModelNotReadyError` unless all weights are in fp32 on the CPU: the compiler does the rest."""
     for name, graph in graphs.items():
         for tensor in tensors_of(graph):
-            if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.int64):
+            inexact = tensor.is_floating_point() and tensor.dtype != torch.float32
+            if tensor.device.type != "cpu" or inexact:
                 raise ModelNotReadyError(
                     f"The {name} graph has weights of {tensor.dtype} on {tensor.device}; expected torch.float32 on the "
                     'CPU: model.to("cpu").float(), compile, and choose the precision with precision=...'
@@ -165,140 +148,6 @@ def source_digest() -> str:
     folder = Path(graph_sources.__file__).parent
     files = [*sorted(folder.glob("*.py")), folder.parent / "lowering.py"]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
-
-
-class Jobs:
-    """Subprocesses, as many at a time as memory allows. A context manager: at its end, all of them are gone.
-
-    Args:
-        scratch: a folder for their files.
-        graphs: by name, as the engine makes them.
-        workers: how many at a time, whatever the memory; None for as many as processors, if memory allows.
-        timeout: seconds for one.
-        fill: as for `traceable`.
-    """
-
-    def __init__(
-        self, scratch: Path, graphs: Mapping[str, Any], *, workers: int | None, timeout: float, fill: bool
-    ) -> None:
-        self.scratch = scratch
-        self.timeout = timeout
-        self.pool = ThreadPoolExecutor(workers or os.cpu_count())
-        modules = traceable(graphs, fill=fill)
-        # Those of the transformer in one file, where the weights that they share are written once.
-        self._files = {name: f"{'transformer' if name in TRANSFORMER_GRAPHS else name}.pt" for name in modules}
-        try:
-            for file in set(self._files.values()):
-                members = {name: module for name, module in modules.items() if self._files[name] == file}
-                torch.save(members, scratch / file)  # in a folder of this process alone, and gone with it
-        except (AttributeError, TypeError) as error:
-            raise JobError(
-                f"the graphs cannot be handed to another process ({error}): remove hooks and replaced layers from the "
-                "model, and compile again"
-            ) from error
-        self.bytes = {name: sum(t.numel() * t.element_size() for t in tensors_of(m)) for name, m in modules.items()}
-        self._memory = MemoryLimit(None if workers else available_memory())
-        self._running: set[subprocess.Popen[bytes]] = set()
-        self._stopped = False
-        self._lock = threading.Lock()
-        self._number = iter(range(1 << 30))
-
-    def __enter__(self) -> Jobs:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._stopped = True
-            for process in self._running:
-                _kill(process)
-        self.pool.shutdown(wait=True, cancel_futures=True)
-
-    def file(self, graph: str) -> str:
-        """Where the graph is, among others."""
-        return str(self.scratch / self._files[graph])
-
-    def run(self, mode: str, graph: str, bucket: Bucket, environment: Mapping[str, str], **options: Any) -> Result:
-        """Run one job to its end, when there is memory for ``graph``.
-
-        Raises:
-            JobError: it failed, died or took too long.
-        """
-        folder = self.scratch / f"{next(self._number)}-{mode}"
-        folder.mkdir()
-        job = Job(mode, graph, list(bucket), self.file(graph), str(folder), **options)
-        write_json(folder / "job.json", asdict(job))
-        with self._memory.taken(_BASE_BYTES + _COPIES * self.bytes[graph]):
-            start = time.monotonic()
-            status = self._process(folder, environment)
-        try:
-            data: dict[str, Any] = json.loads((folder / RESULT).read_text())
-            problem = data.get("error")
-        except OSError:
-            data, problem = {}, _death(status, self.timeout)
-        if problem:
-            raise JobError(f"{mode}: {problem}\n{_tail(folder / LOG)}", folder / LOG)
-        return Result(folder, data, time.monotonic() - start)
-
-    def _process(self, folder: Path, environment: Mapping[str, str]) -> int | None:
-        """The exit status of a worker; None if it was stopped for taking too long."""
-        with (folder / LOG).open("wb") as log, self._lock:
-            if self._stopped:
-                raise JobError("stopped")
-            process = subprocess.Popen(
-                [sys.executable, "-m", "neuron_xtts.worker", str(folder / "job.json")],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=folder,  # the compiler leaves folders wherever it is started
-                env=_environment() | dict(environment),
-                start_new_session=True,  # so that the compiler's own processes can be ended with it
-            )
-            self._running.add(process)
-        try:
-            return process.wait(self.timeout)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            _kill(process)
-            with self._lock:
-                self._running.discard(process)
-
-
-@dataclass
-class Result:
-    """What a job left: its folder, what it said, and the seconds it took."""
-
-    folder: Path
-    data: dict[str, Any]
-    seconds: float
-
-
-class MemoryLimit:
-    """Lets jobs start while there is memory for them; one may always run.
-
-    Args:
-        limit: bytes; None for no limit.
-    """
-
-    def __init__(self, limit: int | None) -> None:
-        self.limit = limit
-        self._used: list[int] = []
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def taken(self, needed: int) -> Iterator[None]:
-        """Wait until there is room for a job, and hold it."""
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self.limit is None or not self._used or sum(self._used) + needed <= self.limit
-            )
-            self._used.append(needed)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._used.remove(needed)
-                self._changed.notify_all()
 
 
 def lower_all(
@@ -448,42 +297,3 @@ def _verify(
             entries[i].status, entries[i].reason = "quarantined", artifact.quarantined
         elif not artifact or not artifact.manifest["verification"]:
             entries[i].reason = f"not verified yet, patch() will{reason}"
-
-
-def _environment() -> dict[str, str]:
-    """This process's, with its module path, and with the folder where pip puts neuronx-cc beside Python."""
-    scripts = str(Path(sys.executable).parent)
-    return os.environ | {
-        "PATH": os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)]),
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _death(status: int | None, timeout: float) -> str:
-    if status is None:
-        return f"stopped after {timeout:.0f} s; a longer limit: neuron-xtts compile --timeout SECONDS"
-    if status == -signal.SIGKILL:
-        return "killed, probably for want of memory: fewer jobs at a time (--jobs 1), or more memory"
-    if status < 0:
-        return f"died of {signal.Signals(-status).name}"
-    return f"exited with status {status} and left no result"
-
-
-def _tail(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()
-    return "\n".join(f"  | {line}" for line in lines[-_TAIL:])
-
-
-def available_memory() -> int | None:
-    """Bytes that the operating system says can be had; None if it does not say."""
-    try:
-        lines: Iterable[str] = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)

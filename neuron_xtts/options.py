@@ -56,21 +56,7 @@ class Options:
             raise ValueError(f"target={target!r} does not exist; choose one of {', '.join(map(repr, TARGETS))}")
         if buckets is not None and not isinstance(buckets, BucketPlan):
             raise TypeError(f"buckets must be a neuron_xtts.BucketPlan or None, got a {type(buckets).__name__}")
-        neuron: Neuron | None = None
-        if name[1] != "cpu":
-            neuron = find_neuron()
-            neuron = replace(neuron, target=target or neuron.target)
-            problems = [*neuron.package_problems(), *(neuron.device_problems() if to_run else ())]
-            usable = not problems
-            if usable and neuron.target is None:
-                problems = [_no_target(neuron)]
-            # With Neuron's packages here, compile() must not take the lack of a target for a wish to stay on the host.
-            if problems and (name[1] == "neuron" or (usable and not to_run)):
-                raise NeuronMissingError(f"backend={backend!r}: " + "; ".join(problems))
-            if problems:
-                if neuron.there:
-                    logger.warning("Neuron cannot be used, graphs run on the host: %s", "; ".join(problems))
-                neuron = None
+        neuron = None if name[1] == "cpu" else _neuron(backend, target, to_run)
         core = int(name[2] or 0)
         if neuron is not None:
             _check_neuron(neuron, core, buckets, to_run)
@@ -111,11 +97,26 @@ class Options:
         )
 
 
-def _no_target(neuron: Neuron) -> str:
-    return (
-        f"this machine ({neuron.instance or 'of unknown type'}) is no Neuron instance that is known, so the compiler "
-        f"needs the name of one: compile(model, target='inf2'), neuron-xtts compile --target inf2, or {TARGET_VARIABLE}=inf2"
-    )
+def _neuron(backend: str, target: str | None, to_run: bool) -> Neuron | None:
+    """What there is of Neuron, if it can be used; None where ``"auto"`` means the host."""
+    neuron = find_neuron()
+    neuron = replace(neuron, target=target or neuron.target)
+    problems = [*neuron.package_problems(), *(neuron.device_problems() if to_run else ())]
+    nameless = not problems and neuron.target is None
+    if nameless:
+        problems.append(
+            f"this machine ({neuron.instance or 'of unknown type'}) is no Neuron instance that is known, so the "
+            "compiler needs the name of one: compile(model, target='inf2'), neuron-xtts compile --target inf2, or "
+            f"{TARGET_VARIABLE}=inf2"
+        )
+    if not problems:
+        return neuron
+    # With Neuron's packages here, compile() must not take the lack of a name for a wish to stay on the host.
+    if backend != "auto" or (nameless and not to_run):
+        raise NeuronMissingError(f"backend={backend!r}: " + "; ".join(problems))
+    if neuron.there:
+        logger.warning("Neuron cannot be used, graphs run on the host: %s", "; ".join(problems))
+    return None
 
 
 def _check_neuron(neuron: Neuron, core: int, buckets: BucketPlan | None, to_run: bool) -> None:

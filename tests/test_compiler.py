@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import neuron_xtts
-from neuron_xtts import BucketPlan, compiler, device
+from neuron_xtts import BucketPlan, compiler, device, jobs
 from neuron_xtts.cli import main
-from neuron_xtts.compiler import JobError, Jobs, MemoryLimit
 from neuron_xtts.engine import make_graphs
 from neuron_xtts.graphs.vocoder import fill_small_kernels, fold_weight_norm
+from neuron_xtts.jobs import JobError, Jobs, MemoryLimit
 from neuron_xtts.store import MODEL, Store
 
 pytest.importorskip("torch_xla")
@@ -135,7 +135,7 @@ def test_filled_kernels_compute_the_same(graphs):
 
 def test_a_graph_that_does_not_lower(tts, neuron, tmp_path, monkeypatch):
     """It is found before the compiler starts."""
-    monkeypatch.setattr(compiler, "traceable", lambda graphs, fill: {"vocoder": Interpolating()})
+    monkeypatch.setattr(jobs, "traceable", lambda graphs, fill: {"vocoder": Interpolating()})
     summary = neuron_xtts.compile(tts, store=tmp_path, buckets=vocoders(64), progress=False)
     assert summary.entries[0].reason == "lower: aten::upsample_linear1d has no lowering; frames is not connected"
 
