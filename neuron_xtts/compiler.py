@@ -249,7 +249,7 @@ def _compile(jobs: Jobs, recipe: Recipe, store: Store) -> Entry:
             )
         except JobError as error:
             seconds = time.monotonic() - start
-            return Entry(recipe.graph, recipe.bucket, "failed", seconds, reason=str(error.args[0]),
+            return Entry(recipe.graph, recipe.bucket, "failed", seconds, reason=str(error),
                          log=_keep_log(error, recipe, store))  # fmt: skip
         folder = done.folder / "artifact"
         folder.mkdir()
@@ -262,11 +262,11 @@ def _compile(jobs: Jobs, recipe: Recipe, store: Store) -> Entry:
 
 
 def _keep_log(error: JobError, recipe: Recipe, store: Store) -> Path | None:
-    if len(error.args) < 2:
+    if error.log is None:
         return None
     folder = store.root / "logs"
     folder.mkdir(exist_ok=True)
-    return Path(shutil.copy(error.args[1], folder / f"{recipe.name}.log"))
+    return Path(shutil.copy(error.log, folder / f"{recipe.name}.log"))
 
 
 def _verify(
@@ -290,7 +290,7 @@ def _verify(
             machine=neuron.instance,
         )
     except JobError as error:
-        reason = f": {error.args[0]}"
+        reason = f": {error}"
     for i, recipe in recipes.items():  # the manifests know how far it came
         artifact = store.find(recipe)
         if artifact and artifact.quarantined:

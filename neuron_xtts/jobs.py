@@ -36,7 +36,15 @@ _TAIL = 20  # lines of a log that are shown
 
 
 class JobError(NeuronXttsError):
-    """A job failed; the message has the last lines of its log."""
+    """A job failed; the message has the last lines of its log.
+
+    Attributes:
+        log: the whole of it, as long as the job's folder is there.
+    """
+
+    def __init__(self, message: str, log: Path | None = None) -> None:
+        super().__init__(message)
+        self.log = log
 
 
 class Jobs:
@@ -97,7 +105,7 @@ class Jobs:
         """
         folder = self.scratch / f"{next(self._number)}-{mode}"
         folder.mkdir()
-        job = Job(mode, graph, list(bucket), self.file(graph), str(folder), **options)
+        job = Job(mode, graph, list(bucket), self.file(graph), str(folder), os.getpid(), **options)
         write_json(folder / "job.json", asdict(job))
         with self._memory.taken(_BASE_BYTES + _COPIES * self.bytes[graph]):
             start = time.monotonic()

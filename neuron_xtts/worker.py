@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import os
+import signal
 import sys
+import threading
+import time
 import traceback
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -34,6 +38,7 @@ class Job:
         bucket: its sizes.
         graphs: file of the graph, by name, and of others.
         folder: where the result goes.
+        parent: process that wants it.
         arguments: of the compiler.
         recipes: of the artifacts to verify, each with the file of its graph.
         store: where they are.
@@ -46,6 +51,7 @@ class Job:
     bucket: list[int]
     graphs: str
     folder: str
+    parent: int
     arguments: list[str] = field(default_factory=list)
     recipes: list[tuple[dict[str, Any], str]] = field(default_factory=list)
     store: str | None = None
@@ -110,10 +116,18 @@ def verify_graphs(job: Job) -> dict[str, Any]:
 MODES = {"lower": lower_graph, "compile": compile_graph, "verify": verify_graphs}
 
 
+def end_with_parent(parent: int) -> None:
+    """End this process, and the compiler's own, when the one that started it is gone: nobody wants the result then."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
 def main(path: str) -> int:
     """Do the job in a file; returns the exit status."""
     faulthandler.enable()  # so that the log says where a process died
     job = Job(**json.loads(Path(path).read_text()))
+    threading.Thread(target=end_with_parent, args=(job.parent,), daemon=True).start()
     try:
         result = MODES[job.mode](job)
     except Exception as error:

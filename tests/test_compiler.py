@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import neuron_double
 import pytest
@@ -216,6 +217,46 @@ def test_weights_that_are_not_exact(tts, neuron, tmp_path):
     ):
         neuron_xtts.compile(tts, store=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def workers(store):
+    """Processes that work for a store."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().decode()
+        except OSError:
+            continue
+        if "neuron_xtts.worker" in command and str(store) in command:
+            found.append(process.name)
+    return found
+
+
+def wait_for(condition, seconds=90):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.2)
+
+
+def test_a_killed_process_leaves_nothing_half_made(neuron_root, tmp_path, capsys):
+    """Its worker ends with it, its lock is free, and what it left can be pruned."""
+    store, site = tmp_path / "store", neuron_root / "site"
+    command = [sys.executable, "-c", CONCURRENT, str(tmp_path / "no-root"), str(tmp_path / "model"), str(store)]
+    environment = neuron_double.environment(site, NEURON_DOUBLE_FAULT="hang")
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    wait_for(lambda: list(store.glob("scratch/*/*-compile/job.json")) and workers(store))
+    process.kill()
+    process.wait()
+    wait_for(lambda: not workers(store), seconds=10)
+    assert list(Store(store)) == []
+    assert len(list(Store(store).leftovers())) == 1
+    done = subprocess.run(command, env=neuron_double.environment(site), capture_output=True, text=True)
+    assert done.stdout.split()[-1] == "compiled"
+    assert small(["graphs", "--prune"], store) == 0
+    assert capsys.readouterr().out.count("removed") == 1
+    assert list(Store(store).leftovers()) == []
+    assert len(list(Store(store))) == 1
 
 
 def test_timeout(graphs, tmp_path):

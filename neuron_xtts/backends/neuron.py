@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 _ERRORS = 3
 
 
+# torch_neuronx's contexts for placement are documented as not thread-safe.
+_LOADING = threading.Lock()
+
+
 class NeuronBackend:
     """Runs graphs on a NeuronCore. What the store lacks, and what fails to load or to verify, is `missing`.
 
@@ -159,7 +163,7 @@ class LoadedGraph:
         self.errors = 0
         self._lock = threading.Lock()
         self._expected = [(dtype, shape) for _, dtype, shape in recipe.inputs]
-        with torch_neuronx.neuron_cores_context(start_nc=core, nc_count=1):
+        with _LOADING, torch_neuronx.neuron_cores_context(start_nc=core, nc_count=1):
             self._module: Any = torch.jit.load(str(artifact.model))  # type: ignore[no-untyped-call]
         if recipe.states:
             torch_neuronx.move_trace_to_device(self._module, core)
