@@ -150,9 +150,7 @@ def source_digest() -> str:
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
 
-def lower_all(
-    graphs: Mapping[str, Any], plan: BucketPlan, scratch: Path, *, progress: bool, workers: int | None = None
-) -> list[Lowering]:
+def lower_all(graphs: Mapping[str, Any], plan: BucketPlan, scratch: Path, *, progress: bool) -> list[Lowering]:
     """Lower every graph in every bucket, each in a process of its own.
 
     Args:
@@ -160,17 +158,23 @@ def lower_all(
         plan: the buckets.
         scratch: an empty folder.
         progress: show a bar.
-        workers: processes at a time.
 
-    Raises:
-        JobError: one died; the message says why.
+    Returns:
+        one for each; of a process that failed, the reason is what is `rejected`.
     """
     buckets = [(name, bucket) for name in graphs for bucket in plan.buckets(name)]
-    with Jobs(scratch, graphs, workers=workers, timeout=TIMEOUT, fill=False) as jobs:
-        futures = [jobs.pool.submit(jobs.run, "lower", *bucket, _ON_HOST) for bucket in buckets]
+    with Jobs(scratch, graphs, workers=None, timeout=TIMEOUT, fill=False) as jobs:
+        futures = [jobs.pool.submit(_lower, jobs, *bucket) for bucket in buckets]
         for _ in tqdm(as_completed(futures), total=len(futures), desc="lowering", unit="graph", disable=not progress):
             pass
-        return [Lowering(**future.result().data) for future in futures]
+        return [future.result() for future in futures]
+
+
+def _lower(jobs: Jobs, graph: str, bucket: Bucket) -> Lowering:
+    try:
+        return Lowering(**jobs.run("lower", graph, bucket, _ON_HOST).data)
+    except JobError as error:
+        return Lowering(graph, bucket_name(bucket), {}, 0, 0, [], [], [str(error)])
 
 
 # The frontend's own CPU device: lowering must not need, or take, a NeuronCore.
@@ -237,9 +241,8 @@ def _compile(jobs: Jobs, recipe: Recipe, store: Store) -> Entry:
             return entry
         start = time.monotonic()
         try:
-            lowered = jobs.run("lower", recipe.graph, recipe.bucket, _ON_HOST)
-            if problems := Lowering(**lowered.data).problems:
-                raise JobError("lower: " + "; ".join(problems))
+            if problems := _lower(jobs, recipe.graph, recipe.bucket).problems:
+                raise JobError("; ".join(problems))
             done = jobs.run(
                 "compile",
                 recipe.graph,

@@ -162,14 +162,14 @@ class Engine:
             gone: those no longer installed.
         """
         route_counts, graph_counts = self.counters.snapshot(routes)
+        buckets = {f"{graph} {bucket_name(b)}": reason for (graph, b), reason in list(self.backend.missing.items())}
         return Report(
             backend=self.backend.name,
             precision=self.backend.precision,
             buckets=self.plan.to_dict(),
             routes=route_counts,
             graphs=graph_counts,
-            missing=self.missing
-            | {f"{graph} {bucket_name(bucket)}": reason for (graph, bucket), reason in self.backend.missing.items()},
+            missing=self.missing | buckets,
             gone=gone,
         )
 

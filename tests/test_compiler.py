@@ -138,7 +138,7 @@ def test_a_graph_that_does_not_lower(tts, neuron, tmp_path, monkeypatch):
     """It is found before the compiler starts."""
     monkeypatch.setattr(jobs, "traceable", lambda graphs, fill: {"vocoder": Interpolating()})
     summary = neuron_xtts.compile(tts, store=tmp_path, buckets=vocoders(64), progress=False)
-    assert summary.entries[0].reason == "lower: aten::upsample_linear1d has no lowering; frames is not connected"
+    assert summary.entries[0].reason == "aten::upsample_linear1d has no lowering; frames is not connected"
 
 
 class Interpolating(torch.nn.Module):

@@ -3,16 +3,19 @@
 import copy
 import json
 import math
+import os
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from neuron_xtts import BucketPlan, FrontendMissingError
+from neuron_xtts import BucketPlan, FrontendMissingError, jobs
 from neuron_xtts.buckets import bucket_name
 from neuron_xtts.cli import main
+from neuron_xtts.compiler import lower_all
 from neuron_xtts.engine import make_graphs
 from neuron_xtts.graphs.transformer import StatefulDecode
 from neuron_xtts.graphs.vocoder import Vocoder, fold_weight_norm
@@ -222,6 +225,21 @@ def test_command(capsys):
     _, _, *rows = capsys.readouterr().out.splitlines()
     assert [row.split()[:2] for row in rows] == [["vocoder", "32"], ["vocoder", "40"]]
     assert all(row.rstrip().endswith("none") for row in rows)
+
+
+def test_a_process_that_dies(graphs, tmp_path, monkeypatch):
+    """Its graph has a reason; the others are lowered."""
+    monkeypatch.setattr(jobs, "traceable", lambda graphs, fill: {**traceable(graphs, fill=fill), "latents": Dying()})
+    plan = replace(BucketPlan.none(), latents=(50,), vocoder=(32,))
+    latents, vocoder = lower_all(graphs, plan, tmp_path, progress=False)
+    assert (latents.graph, latents.bucket) == ("latents", "50")
+    assert latents.problems[0].startswith("lower: died of SIGABRT\n")
+    assert vocoder.problems == []
+
+
+class Dying(nn.Module):
+    def example(self, length):
+        os.abort()
 
 
 def test_no_frontend(monkeypatch, capsys):

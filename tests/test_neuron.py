@@ -14,7 +14,7 @@ import torch
 from helpers import all_fallbacks, assert_identical, assert_same_speech, fallbacks, speak, unpatched_copy
 
 import neuron_xtts
-from neuron_xtts import BucketPlan
+from neuron_xtts import BucketPlan, demo
 from neuron_xtts.errors import ArtifactError, Fallback
 from neuron_xtts.graphs.transformer import MASKED
 from neuron_xtts.store import MANIFEST, MODEL, Store
@@ -430,3 +430,14 @@ def test_threads(xtts, voice, patch):
     for thread in threads:
         thread.join()
     assert results == [theirs] * 4
+
+
+def test_the_demo(neuron, compiled, small_plan, tmp_path):
+    """Its progress bar and its stopwatch do not stand in the way of graphs."""
+    options = {"backend": "neuron", "store": compiled, "buckets": small_plan}
+    text = demo.run(tmp_path, small=True, text="the band plays an old song.", codes=20, **options)
+    difference = next(line for line in text.splitlines() if line.startswith("largest difference")).split()[-1]
+    assert float(difference) < 1e-4
+    assert "neuron_xtts: backend neuron, precision fp32" in text
+    fallbacks_of = {line.split()[0] for line in text.partition("fallback of")[2].splitlines()[2:] if line[:1].isupper()}
+    assert fallbacks_of == {"GPT.get_style_emb"}  # 4 s at a time, which the small plan has no graph for
