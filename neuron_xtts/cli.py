@@ -100,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     graphs.set_defaults(run=_graphs)
     what = graphs.add_mutually_exclusive_group()
     what.add_argument("--lower", action="store_true", help="lower the graphs; exit with 1 if anything is against them")
-    what.add_argument("--verify", action="store_true", help="check the artifacts' checksums; exit with 1 if one is off")
+    what.add_argument(
+        "--verify", action="store_true", help="check all checksums, set aside what is corrupt; exit with 1 if any is"
+    )
     what.add_argument(
         "--prune",
         choices=("broken", "stale"),

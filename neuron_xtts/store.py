@@ -111,12 +111,15 @@ class Artifact:
         return reason
 
     def check(self) -> None:
-        """Raise `ArtifactError` unless the file is the one that was compiled."""
+        """Raise `ArtifactError` unless the file is the one that was compiled; one that is not is set aside."""
         try:
             found = file_digest(self.model)
+        except FileNotFoundError:
+            found = "none"
         except OSError as error:
             raise ArtifactError(f"artifact {self.folder.name} cannot be read: {error}") from error
         if found != self.manifest["checksum"]:
+            self.set_aside()
             raise ArtifactError(f"artifact {self.folder.name} is corrupt: its checksum is not that of its manifest")
 
     def record(self, **changes: Any) -> None:

@@ -338,7 +338,6 @@ def test_commands(neuron, compiled, tmp_path, capsys):
     assert small(["graphs", "--json"], store) == 0
     listed = json.loads(capsys.readouterr().out)
     assert {(entry["recipe"]["graph"], entry["state"]) for entry in listed} >= {("decode", "wrong results")}
-    artifacts["vocoder-64"].set_aside()
     assert small(["graphs", "--prune"], store) == 0
     assert capsys.readouterr().out.count("removed") == 2
     assert len(list(Store(store))) == 5

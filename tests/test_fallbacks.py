@@ -383,6 +383,16 @@ def test_no_prefill_graph(xtts, voice):
     assert neuron_xtts.report(xtts).graphs["latents"]["exact"].runs == 1
 
 
+def test_no_latents_graph(xtts, voice):
+    """Decoding makes the latents: a plan may save the graph, and only foreign codes miss it."""
+    theirs = speak(xtts, voice, max_new_tokens=20)
+    neuron_xtts.patch(xtts, buckets=BucketPlan(latents=()))
+    assert_same_speech(speak(xtts, voice, max_new_tokens=20), theirs)
+    assert all_fallbacks(xtts) == {}
+    latents(xtts, voice)
+    assert all_fallbacks(xtts) == {"GPT.forward": {"no latents graph": 1}}
+
+
 SMALL_PLANS = {
     "larger than the largest prefill bucket (16)": BucketPlan(prefill=(16,)),
     "larger than the largest decode bucket (70)": BucketPlan(decode=(70,)),  # reached in the middle of a sentence

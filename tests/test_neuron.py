@@ -173,7 +173,7 @@ def change_manifest(found):
 SPOILED = {
     "corrupt": (corrupt, "is corrupt: its checksum is not that of its manifest"),
     "truncated": (truncate, "is corrupt: its checksum is not that of its manifest"),
-    "no file": (lambda found: (found.folder / MODEL).unlink(), "cannot be read"),
+    "no file": (lambda found: (found.folder / MODEL).unlink(), "is corrupt: its checksum is not that of its manifest"),
     "no manifest": (lambda found: (found.folder / MANIFEST).unlink(), "not compiled"),
     "half a manifest": (lambda found: (found.folder / MANIFEST).write_text('{"schema": 1, "re'), "not compiled"),
     "another manifest": (change_manifest, "compiled for something else: another precision"),
@@ -190,6 +190,9 @@ def test_a_spoiled_artifact(xtts, voice, patch, spoiled, fault):
     patch(xtts, store=spoiled.root, buckets=plan)
     assert reason in neuron_xtts.report(xtts).missing["prefill 64"]
     assert_identical(speak(xtts, voice, max_new_tokens=12), theirs)
+    # Unless it is there and must not be used, compile() makes it again.
+    left = [found.folder.name for found in spoiled if found.folder.name.startswith("prefill-64-")]
+    assert len(left) == (fault in ("quarantined", "another manifest"))
 
 
 def test_missing_graphs_are_named(xtts, voice, patch, tmp_path, caplog, small_plan):

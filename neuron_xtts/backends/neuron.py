@@ -87,11 +87,7 @@ class NeuronBackend:
             raise ArtifactError(store.explain(recipe))
         if artifact.quarantined:
             raise ArtifactError(artifact.quarantined)
-        try:
-            artifact.check()
-        except ArtifactError:
-            artifact.set_aside()
-            raise
+        artifact.check()
         loaded = LoadedGraph(artifact, recipe, core)
         graph = self.graphs[recipe.graph]
         if artifact.manifest["verification"]:

@@ -102,7 +102,6 @@ class LatentsRoute:
             raise Fallback("gradients are on")
         if cond_latents.dtype != torch.float32:
             raise Fallback(f"conditioning latents of {cond_latents.dtype}")
-        self.engine.require("latents")
         check_trunk(gpt)
         text, codes = layout(gpt, text_inputs, text_lengths, audio_codes, wav_lengths)
         if codes.shape[1] + _TAIL > gpt.mel_pos_embedding.emb.num_embeddings:
@@ -111,6 +110,7 @@ class LatentsRoute:
         if latents is not None:
             self.engine.counters.count_handed_over(self.name)
             return latents
+        self.engine.require("latents")
         return self._compute(cond_latents, text, codes)
 
     def _compute(self, cond_latents: Tensor, text: Tensor, codes: Tensor) -> Tensor:
