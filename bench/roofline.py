@@ -1,10 +1,9 @@
-"""Neuron on paper: how fast the graphs could be by their bytes and flops. PREDICTED, NOT MEASURED.
+"""Neuron on paper: how fast the graphs of XTTS v2 could be by their bytes and flops. PREDICTED, NOT MEASURED.
 
     neuron-xtts graphs --lower --json > lowered.json
     python bench/roofline.py lowered.json
 
-Prints Markdown: the roofline of every graph, the time of a sentence, and what bucket plans cost in memory and gain in
-time. For XTTS v2 in full size.
+Prints Markdown: the roofline of every graph, the time of a sentence, what bucket plans cost in memory and gain in time.
 """
 
 from __future__ import annotations
@@ -12,17 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from neuron_xtts import BucketPlan
 from neuron_xtts.buckets import Bucket, Buckets, bucket_name
 from neuron_xtts.precision import GRAPHS, TRANSFORMER_GRAPHS
 
-DOCS = "https://awsdocs-neuron.readthedocs-hosted.com/en/latest"
-HARDWARE = f"{DOCS}/about-neuron/arch/neuron-hardware"
+HARDWARE = "https://awsdocs-neuron.readthedocs-hosted.com/en/latest/about-neuron/arch/neuron-hardware"
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,10 @@ CHIPS = (
     # Logical cores of two physical ones (LNC=2), the default: 4 to a chip.
     Chip("trn2, LNC=2", 4, 181, 667, 2900, 96, f"{HARDWARE}/trainium2.html"),
 )
-MICROCODE = 96e6  # bytes for each core of inf2: DOCS/neuron-runtime/explore/device-memory.html
+MICROCODE = 96e6  # bytes for each core of inf2: the same documentation, neuron-runtime/explore/device-memory.html
 
 
-@dataclass(frozen=True)
-class Precision:
+class Precision(NamedTuple):
     """How matrix products are computed (a rate of `Chip`), and the bytes of a weight in device memory."""
 
     name: str
@@ -63,63 +61,50 @@ EXACT = Precision("fp32", "fp32", 4)
 STORED = Precision("bf16, weights bf16", "bf16", 2)
 PRECISIONS = (EXACT, Precision("bf16, weights fp32", "bf16", 4), STORED)
 
-# XTTS v2.
 FP32 = 4  # bytes
-LAYERS, CHANNELS, CODES, SPEAKER, MELS, LATENTS = 30, 1024, 1026, 512, 80, 32
+LAYERS, CHANNELS, CODES, SPEAKER, MELS, LATENTS = 30, 1024, 1026, 512, 80, 32  # of XTTS v2
 SAMPLES_PER_CODE, CODE_RATE, SAMPLES_PER_FRAME, OUTPUT_RATE = 1024, 22050, 256, 24000
 HALO = 13  # frames on either side of a vocoder window: neuron_xtts.graphs.vocoder.receptive_field
 
 
 def cache_bytes(positions: int) -> int:
-    """Of keys and values, in every precision."""
-    return 2 * LAYERS * positions * CHANNELS * FP32
+    return 2 * LAYERS * positions * CHANNELS * FP32  # keys and values, in every precision
 
 
-def flops_by_law(graph: str, bucket: Bucket) -> int | None:
-    """Of a graph of the transformer; None for others."""
-
-    def trunk(rows: int, context: int) -> int:
-        return rows * LAYERS * (24 * CHANNELS**2 + 4 * context * CHANNELS)
-
-    head = 2 * CHANNELS * CODES
-    if graph == "decode":
-        return bucket[0] * (trunk(1, bucket[1]) + head)
-    laws = {"prefill": trunk(bucket[0], bucket[0]) + head, "latents": trunk(bucket[0], bucket[0])}
-    return laws.get(graph)
+def state_bytes(graph: str, bucket: Bucket) -> int:
+    return cache_bytes(bucket[0] * bucket[1]) if graph == "decode" else 0
 
 
 def moved_bytes(graph: str, bucket: Bucket) -> int:
     """Of inputs and results, without a state."""
-    size = bucket[-1]
-    if graph == "decode":
-        return FP32 * bucket[0] * (1 + size + 2 * CHANNELS + CODES)
-    if graph == "prefill":
-        return FP32 * (size * CHANNELS + 1 + CHANNELS + CODES) + cache_bytes(size)
+    rows, size = bucket[0], bucket[-1]
     numbers = {
+        "prefill": size * CHANNELS + 1 + CHANNELS + CODES,
+        "decode": rows * (1 + size + 2 * CHANNELS + CODES),
         "latents": 2 * size * CHANNELS,
         "vocoder": size * (CHANNELS + 1 + SAMPLES_PER_FRAME) + SPEAKER,
         "conditioning": size * MELS + LATENTS * CHANNELS,
     }
-    return FP32 * numbers[graph]
+    return FP32 * numbers[graph] + (cache_bytes(size) if graph == "prefill" else 0)
+
+
+def flops_by_law(graph: str, bucket: Bucket) -> int | None:
+    """Of a graph of the transformer; None for others."""
+    rows, size, head = bucket[0], bucket[-1], 2 * CHANNELS * CODES
+    position = LAYERS * (24 * CHANNELS**2 + 4 * size * CHANNELS)
+    laws = {"prefill": size * position + head, "decode": rows * (position + head), "latents": size * position}
+    return laws.get(graph)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run of a graph costs.
-
-    Attributes:
-        flops: of products and convolutions.
-        weights: bytes in fp32, whatever they are stored as.
-        moved: bytes of inputs and results.
-        state: bytes of the KV cache, which is read once.
-        written: bytes of the KV cache that are written: one position of every row, in place.
-    """
+    """What one run of a graph costs, in flops and bytes. Weights count as fp32, whatever they are stored as."""
 
     flops: int
     weights: int
     moved: int
-    state: int
-    written: int
+    state: int  # the KV cache, which is read once
+    written: int  # of the KV cache: one position of every row, in place
 
     def traffic(self, precision: Precision) -> float:
         """Bytes through memory."""
@@ -129,11 +114,6 @@ class Cost:
         """Milliseconds on one core: by memory, and by arithmetic."""
         by_memory = 1e3 * self.traffic(precision) / (1e9 * chip.core("bandwidth"))
         return by_memory, 1e3 * self.flops / (1e12 * chip.core(precision.products))
-
-    def mark(self, chip: Chip, precision: Precision) -> str:
-        """The longer time, and which it is."""
-        by_memory, by_arithmetic = self.bounds(chip, precision)
-        return f"{by_memory:.2f} m" if by_memory >= by_arithmetic else f"{by_arithmetic:.2f} a"
 
 
 class Costs:
@@ -148,33 +128,20 @@ class Costs:
             weights = line["bytes"] - moved_bytes(graph, bucket) - 2 * state_bytes(graph, bucket)
             known = self.weights.setdefault(graph, weights), flops_by_law(graph, bucket) or line["flops"]
             if known != (weights, line["flops"]):
-                raise SystemExit(f"{graph} {line['bucket']} has {weights}, {line['flops']} weights, flops: not {known}")
+                raise SystemExit(f"{graph} {bucket}: weights, flops {weights, line['flops']}; expected {known}")
             self.flops[graph, bucket] = line["flops"]
-        if absent := GRAPHS - self.weights.keys():
-            raise SystemExit(f"not in the file: {', '.join(sorted(absent))}")
 
     def of(self, graph: str, bucket: Bucket) -> Cost:
         """The cost in one bucket."""
         flops = self.flops.get((graph, bucket)) or flops_by_law(graph, bucket)
-        if flops is None:
+        if flops is None or graph not in self.weights:
             raise SystemExit(f"not in the file: {graph} {bucket_name(bucket)}")
         state = state_bytes(graph, bucket)
         return Cost(flops, self.weights[graph], moved_bytes(graph, bucket), state, state // bucket[-1])
 
 
-def state_bytes(graph: str, bucket: Bucket) -> int:
-    return cache_bytes(bucket[0] * bucket[1]) if graph == "decode" else 0
-
-
-@dataclass(frozen=True)
-class Sentence:
-    """Positions of the prefix, and the audio codes that follow, the stop code included."""
-
-    prefix: int
-    codes: int
-
-
-SENTENCES = (Sentence(110, 210), Sentence(310, 602))
+DEFAULT = BucketPlan.static()
+SENTENCES = ((110, 210), (310, 602))  # positions of the prefix, and audio codes, the stop code included
 FIRST_CHUNK = 20  # codes, coqui-tts's default for streams
 
 
@@ -192,33 +159,22 @@ class Predictor:
         precision = self.precision if graph in TRANSFORMER_GRAPHS else EXACT
         return max(self.costs.of(graph, bucket).bounds(self.chip, precision))
 
-    def prefill(self, sentence: Sentence) -> float:
-        """The prefix; it gives the first code, too."""
-        return self.run("prefill", Buckets(self.plan, {}).choose("prefill", sentence.prefix))
-
-    def decode(self, sentence: Sentence, codes: int, rows: int = 1) -> float:
+    def decode(self, prefix: int, codes: int, rows: int = 1) -> float:
         """The steps up to ``codes``: all but the first."""
         choose = Buckets(self.plan, {}).choose
-        steps = Counter(choose("decode", rows, sentence.prefix + step) for step in range(1, codes))
+        steps = Counter(choose("decode", rows, prefix + step) for step in range(1, codes))
         return sum(number * self.run("decode", bucket) for bucket, number in steps.items())
 
-    def vocoder(self, codes: int) -> float:
-        """All windows."""
-        frames = codes * SAMPLES_PER_CODE // SAMPLES_PER_FRAME * OUTPUT_RATE // CODE_RATE
-        return sum(self.run("vocoder", (size,)) for size in windows(frames, self.plan.vocoder))
-
-    def sentence(self, sentence: Sentence, codes: int) -> float:
-        """Up to the audio of the first ``codes``."""
-        return self.prefill(sentence) + self.decode(sentence, codes) + self.vocoder(codes)
-
-    def per_code(self, sentence: Sentence, rows: int) -> float:
-        """Decoding ``rows`` such sentences, by code: together if the plan can, or one by one."""
-        together = rows if rows <= max(self.plan.slots) else 1
-        return self.decode(sentence, sentence.codes, together) / together / (sentence.codes - 1)
+    def parts(self, prefix: int, codes: int) -> tuple[float, float, float]:
+        """Prefill, which gives the first code, decoding, and the vocoder."""
+        prefill = self.run("prefill", Buckets(self.plan, {}).choose("prefill", prefix))
+        vocoder = sum(self.run("vocoder", (size,)) for size in windows(codes, self.plan.vocoder))
+        return prefill, self.decode(prefix, codes), vocoder
 
 
-def windows(frames: int, sizes: Sequence[int]) -> list[int]:
-    """The sizes of a waveform's windows, chosen as ``neuron_xtts.routes.vocoder`` does."""
+def windows(codes: int, sizes: Sequence[int]) -> list[int]:
+    """The sizes of the windows of a waveform, chosen as ``neuron_xtts.routes.vocoder`` does."""
+    frames = codes * SAMPLES_PER_CODE // SAMPLES_PER_FRAME * OUTPUT_RATE // CODE_RATE
     if whole := next((size for size in sizes if size >= frames), None):
         return [whole]  # without a halo
     chosen = []
@@ -235,99 +191,99 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def chips() -> str:
     """The constants, with their source."""
-    figures = ("fp32", "bf16", "bandwidth", "memory")
-    rows = []
+    rows, figures = [], ("fp32", "bf16", "bandwidth", "memory")
     for chip in CHIPS:
-        shares = (f"{chip.core(figure):.4g}" for figure in figures)
-        rows.append((chip.name, *shares, ", ".join(f"{getattr(chip, f):g}" for f in figures), str(chip.cores)))
-    header = ("one core of", "fp32 TFLOPS", "bf16 TFLOPS", "GB/s", "GiB", "the same of the chip", "cores of the chip")
-    return "\n\n".join([table(header, rows), *(f"{chip.name}: {chip.source}" for chip in CHIPS)])
+        shares = (f"{chip.core(figure):.4g} of {getattr(chip, figure):g}" for figure in figures)
+        rows.append((chip.name, str(chip.cores), *shares, chip.source))
+    return table(("one core of", "cores", "fp32 TFLOPS", "bf16 TFLOPS", "GB/s", "GiB", "the chip's from"), rows)
 
 
 def rooflines(costs: Costs, chip: Chip) -> str:
-    """Every graph of the file and two more, in every precision that it can have."""
-    listed = [(f"{graph} {bucket_name(bucket)}", costs.of(graph, bucket)) for graph, bucket in costs.flops]
+    """Every graph of the file and two more, in the precisions that they can have."""
+    named = {f"{graph} {bucket_name(bucket)}": costs.of(graph, bucket) for graph, bucket in costs.flops}
     longest = costs.of("decode", (1, 1044))
-    listed.append(("decode 1x1044, cache copied", replace(longest, written=longest.state)))
-    listed.append(("decode 4x512, by law", costs.of("decode", (4, 512))))
+    named["decode 1x1044, cache copied"] = replace(longest, written=longest.state)
+    named["decode 4x512, by law"] = costs.of("decode", (4, 512))
     rows = []
-    for name, cost in listed:
-        times = [cost.mark(chip, precision) for precision in PRECISIONS]
-        if name.startswith("conditioning"):  # always in fp32
-            times[1:] = ["-"] * len(times[1:])
+    for name, cost in named.items():
+        bounds = [cost.bounds(chip, precision) for precision in PRECISIONS]
+        times = [f"{max(bound):.2f} {'m' if bound[0] >= bound[1] else 'a'}" for bound in bounds]
+        if name.startswith("conditioning"):
+            times[1:] = "-", "-"
         rows.append((name, f"{cost.flops / 1e9:.2f}", f"{cost.traffic(EXACT) / 1e6:.0f}", *times))
     return table(("ms", "GFLOP", "MB", *(precision.name for precision in PRECISIONS)), rows)
 
 
-def sentence_table(costs: Costs, sentence: Sentence) -> str:
+def sentence_table(costs: Costs, prefix: int, codes: int) -> str:
     """A row for each chip and precision, with the default plan."""
-    rows = []
-    seconds = sentence.codes * SAMPLES_PER_CODE / CODE_RATE
-    for chip in CHIPS:
-        for precision in PRECISIONS:
-            p = Predictor(costs, chip, BucketPlan.static(), precision)
-            parts = p.prefill(sentence), p.decode(sentence, sentence.codes), p.vocoder(sentence.codes)
-            first = p.sentence(sentence, FIRST_CHUNK)
-            times = (f"{time:.1f}" for time in (*parts, sum(parts)))
-            rows.append((chip.name, precision.name, *times, f"{sum(parts) / 1e3 / seconds:.3f}", f"{first:.1f}"))
+    rows, seconds = [], codes * SAMPLES_PER_CODE / CODE_RATE
+    for chip, precision in product(CHIPS, PRECISIONS):
+        predictor = Predictor(costs, chip, DEFAULT, precision)
+        parts, first = predictor.parts(prefix, codes), predictor.parts(prefix, FIRST_CHUNK)
+        times = (f"{time:.1f}" for time in (*parts, sum(parts)))
+        rows.append((chip.name, precision.name, *times, f"{sum(parts) / 1e3 / seconds:.3f}", f"{sum(first):.1f}"))
     header = ("one core", "precision", "prefill ms", "decode ms", "vocoder ms", "sentence ms", "RTF", "TTFA ms")
-    return f"{seconds:.2f} s of audio, {BucketPlan.static()}.\n\n{table(header, rows)}"
+    return f"{prefix} + {codes}, {seconds:.2f} s of audio, {DEFAULT}.\n\n{table(header, rows)}"
 
 
-def plans() -> Iterator[BucketPlan]:
-    """The plans to compare."""
-    lengths = (128, 256, 512, 1044)
-    yield replace(BucketPlan.static(), prefill=(448,), decode=(1044,))
-    yield replace(BucketPlan.static(), decode=(1044,))
-    yield BucketPlan.static()
-    yield replace(BucketPlan.static(), latents=())
-    yield replace(BucketPlan.static(), decode=(256, 512, 1044))
-    yield replace(BucketPlan.static(), prefill=(128, 256, 384, 448))
-    yield replace(BucketPlan.static(), slots=(1, 4))
-    yield replace(BucketPlan.static(), prefill=lengths, decode=lengths, latents=lengths, slots=(1, 4))
+FIELDS = ("prefill", "decode", "slots", "latents")  # of a plan, those that differ
+FINE = (128, 256, 512, 1044)
+PLANS = (
+    replace(DEFAULT, prefill=(448,), decode=(1044,)),
+    replace(DEFAULT, decode=(1044,)),
+    DEFAULT,
+    replace(DEFAULT, latents=()),
+    replace(DEFAULT, decode=(256, 512, 1044)),
+    replace(DEFAULT, prefill=(128, 256, 384, 448)),
+    replace(DEFAULT, slots=(1, 4)),
+    replace(DEFAULT, prefill=FINE, decode=FINE, latents=FINE, slots=(1, 4)),
+)
 
 
 def memory(plan: BucketPlan, costs: Costs, precision: Precision) -> float:
-    """Bytes of a plan's weights, one copy a graph, and of its states. Only the transformer is stored in bf16."""
+    """GiB of a plan's weights, one copy a graph, and of its states. Only the transformer is stored in bf16."""
     total = 0.0
     for graph in GRAPHS:
         share = precision.weight / FP32 if graph in TRANSFORMER_GRAPHS else 1
-        total += sum(costs.weights[graph] * share + state_bytes(graph, bucket) for bucket in plan.buckets(graph))
-    return total
+        for cost in (costs.of(graph, bucket) for bucket in plan.buckets(graph)):
+            total += cost.weights * share + cost.state
+    return total / 2**30
 
 
 def plan_table(costs: Costs, precision: Precision) -> str:
     """A row for each plan, on one core of the first chip."""
-    chip, rows = CHIPS[0], []
-    limit = chip.core("memory")
-    for plan in plans():
-        p = Predictor(costs, chip, plan, precision)
-        sizes = [", ".join(map(str, getattr(plan, field))) for field in ("prefill", "decode", "slots", "latents")]
-        stored = memory(plan, costs, precision)
-        total = (stored + MICROCODE) / 2**30
-        times = [f"{p.sentence(s, s.codes):.0f} / {p.sentence(s, FIRST_CHUNK):.1f}" for s in SENTENCES]
-        room = (f"{stored / 2**30:.1f}", f"{total:.1f}", f"{total / limit:.0%}")
-        rows.append((*sizes, *room, *times, f"{p.per_code(SENTENCES[0], 4):.2f}"))
-    header = ["prefill", "decode", "slots", "latents", "disk GiB", "HBM GiB", f"of {limit:g} GiB"]
-    header += [f"{s.prefix} + {s.codes}: ms / TTFA ms" for s in SENTENCES]
-    return table([*header, "4 texts: ms per code"], rows)
+    rows, limit = [], CHIPS[0].core("memory")
+    for plan in PLANS:
+        predictor = Predictor(costs, CHIPS[0], plan, precision)
+        sizes = [", ".join(map(str, getattr(plan, field))) or "-" for field in FIELDS]
+        disk = memory(plan, costs, precision)
+        total = disk + MICROCODE / 2**30
+        pairs = [[sum(predictor.parts(prefix, n)) for n in (codes, FIRST_CHUNK)] for prefix, codes in SENTENCES]
+        times = (f"{whole:.0f} / {first:.1f}" for whole, first in pairs)
+        together = 4 if 4 in plan.slots else 1
+        four = predictor.decode(*SENTENCES[0], together) / together / (SENTENCES[0][1] - 1)
+        rows.append((*sizes, f"{disk:.1f}", f"{total:.1f}", f"{total / limit:.0%}", *times, f"{four:.2f}"))
+    sentences = (f"{prefix} + {codes}: ms / TTFA ms" for prefix, codes in SENTENCES)
+    return table((*FIELDS, "disk GiB", "HBM GiB", f"of {limit:g} GiB", *sentences, "4 texts: ms per code"), rows)
 
 
 ASSUMPTIONS = f"""\
+Nothing here has been run on a device or compiled for one.
+
 * Time = the larger of bytes / bandwidth (m) and flops / peak rate (a): transfers overlap with arithmetic, activations
-  and attention scores stay on the chip, vector and scalar work is free. A lower bound, not an estimate.
-* One core, with its equal share of the chip. Whether it gets more while the others idle is not documented.
+  stay on the chip, vector and scalar work is free. A lower bound, not an estimate. A core has its share of the chip.
 * bf16: products at the bf16 rate; inputs, results and KV cache stay fp32. Whether the compiler stores cast weights in
   bf16 is not documented: hence two columns. MB is with weights in fp32. Conditioning is always in fp32.
 * A decode step reads all of the cache in its bucket once and writes one position of each row, in place. "Cache copied"
   is the cache written anew by every step, which is what the lowered program says without aliasing.
-* By law: by formulas for the transformer, which reproduce every bucket in the file exactly, or this script ends.
-* Sentences: prefix positions + codes; vocoder in fp32, conditioning latents known. TTFA is prefill, the first
-  {FIRST_CHUNK} codes and their audio, as if a stream decoded with graphs: `inference_stream` takes its codes from coqui-tts.
-* Not counted: sampling, embedding and other work of the host, and copies between host and device: prefill's keys and
-  values, the cache before the first step and when it moves to a larger size, {cache_bytes(1) / 1e3:.0f} kB per position of the bucket.
-* Disk: a copy of the weights in every graph, and the states, before compression. HBM: the same and {MICROCODE / 1e6:.0f} MB of
-  microcode. Not counted: programs, scratchpad, DMA rings, inputs and results."""
+* By law: by formulas, which hold exactly for every bucket of the transformer in the file, or this script ends.
+* Sentences: prefix positions + codes; vocoder in fp32, conditioning latents known. TTFA: the audio of {FIRST_CHUNK}
+  codes, as if streams decoded with graphs; today the codes of `inference_stream` come from coqui-tts.
+* Not counted: work of the host, and copies between host and device: keys and values out of prefill, the cache into
+  decode, and out and in again when it outgrows its size, {cache_bytes(1) / 1e3:.0f} kB a position.
+* Disk: weights of every graph and states, uncompressed. HBM: and {MICROCODE / 1e6:.0f} MB of microcode, but without
+  programs, scratchpad, DMA rings, inputs and results.
+"""
 
 
 def main() -> None:
@@ -335,12 +291,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="JSON of `neuron-xtts graphs --lower --json`")
     costs = Costs(json.loads(parser.parse_args().file.read_text()))
-    print("# Neuron on paper: PREDICTED, NOT MEASURED\n\nNothing here has been run on a device or compiled for one.\n")
-    print(f"{ASSUMPTIONS}\n\n## One core: what is documented for the chip, divided by its cores\n\n{chips()}")
+    print(f"# Neuron on paper: PREDICTED, NOT MEASURED\n\n{ASSUMPTIONS}\n## One core and its chip\n\n{chips()}")
     for chip in CHIPS:
         print(f"\n## Roofline, one core of {chip.name}\n\n{rooflines(costs, chip)}")
-    for s in SENTENCES:
-        print(f"\n## A sentence: {s.prefix} positions, {s.codes} codes\n\n{sentence_table(costs, s)}")
+    print(f"\n## A sentence\n\n{sentence_table(costs, *SENTENCES[0])}")
     for precision in (EXACT, STORED):
         print(f"\n## Plans, one core of {CHIPS[0].name}, {precision.name}\n\n{plan_table(costs, precision)}")
 
