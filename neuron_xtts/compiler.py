@@ -6,13 +6,15 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import Timeout
 from tqdm import tqdm
 
 from neuron_xtts import graphs as graph_sources
@@ -24,7 +26,7 @@ from neuron_xtts.jobs import TIMEOUT, JobError, Jobs
 from neuron_xtts.lowering import Lowering
 from neuron_xtts.precision import Precision, has_small_kernel_defect
 from neuron_xtts.report import table
-from neuron_xtts.store import LOG, MODEL, Recipe, Store
+from neuron_xtts.store import LOG, MODEL, Artifact, Recipe, Store
 from neuron_xtts.version import __version__
 from neuron_xtts.weights import Digester, tensors_of
 
@@ -236,36 +238,51 @@ def _found(recipe: Recipe, store: Store) -> Entry | None:
 
 
 def _compile(jobs: Jobs, recipe: Recipe, store: Store) -> Entry:
-    with store.lock(recipe):
-        if entry := _found(recipe, store):  # another process was faster
-            return entry
-        start = time.monotonic()
-        try:
-            if problems := _lower(jobs, recipe.graph, recipe.bucket).problems:
-                raise JobError("; ".join(problems))
-            done = jobs.run(
-                "compile",
-                recipe.graph,
-                recipe.bucket,
-                {TARGET_VARIABLE: recipe.target},
-                arguments=list(recipe.arguments),
-            )
-        except JobError as error:
-            seconds = time.monotonic() - start
-            return Entry(recipe.graph, recipe.bucket, "failed", seconds, reason=str(error),
-                         log=_keep_log(error, recipe, store))  # fmt: skip
-        folder = done.folder / "artifact"
-        folder.mkdir()
-        for name in (MODEL, LOG):
-            (done.folder / name).rename(folder / name)
-        facts = {"created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": done.seconds, "neuron_xtts": __version__}
-        artifact = store.publish(folder, recipe, **facts)
-        seconds = time.monotonic() - start
-        return Entry(recipe.graph, recipe.bucket, "compiled", seconds, artifact.manifest["bytes"])
+    start = time.monotonic()
+    entry = Entry(recipe.graph, recipe.bucket, "failed")
+    try:
+        with _locked(jobs, recipe, store):
+            if found := _found(recipe, store):  # another process was faster
+                return found
+            start = time.monotonic()
+            artifact = _make(jobs, recipe, store)
+        entry.status, entry.bytes = "compiled", artifact.manifest["bytes"]
+    except (JobError, OSError) as error:
+        entry.reason, entry.log = str(error), _keep_log(error, recipe, store)
+    entry.seconds = time.monotonic() - start
+    return entry
 
 
-def _keep_log(error: JobError, recipe: Recipe, store: Store) -> Path | None:
-    if error.log is None:
+@contextmanager
+def _locked(jobs: Jobs, recipe: Recipe, store: Store) -> Iterator[None]:
+    """Hold the lock of an artifact, which another process may have for as long as it compiles."""
+    lock = store.lock(recipe)
+    while not lock.is_locked:
+        if jobs.stopped:
+            raise JobError("stopped")
+        with suppress(Timeout):
+            lock.acquire(timeout=0.5)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _make(jobs: Jobs, recipe: Recipe, store: Store) -> Artifact:
+    if problems := _lower(jobs, recipe.graph, recipe.bucket).problems:
+        raise JobError("; ".join(problems))
+    environment, arguments = {TARGET_VARIABLE: recipe.target}, list(recipe.arguments)
+    done = jobs.run("compile", recipe.graph, recipe.bucket, environment, arguments=arguments)
+    folder = done.folder / "artifact"
+    folder.mkdir()
+    for name in (MODEL, LOG):
+        (done.folder / name).rename(folder / name)
+    created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    return store.publish(folder, recipe, created=created, seconds=done.seconds, neuron_xtts=__version__)
+
+
+def _keep_log(error: Exception, recipe: Recipe, store: Store) -> Path | None:
+    if not isinstance(error, JobError) or error.log is None:
         return None
     folder = store.root / "logs"
     folder.mkdir(exist_ok=True)

@@ -56,6 +56,10 @@ class Jobs:
         workers: how many at a time, whatever the memory; None for as many as processors, if memory allows.
         timeout: seconds for one.
         fill: as for `traceable`.
+
+    Attributes:
+        stopped: whether the end has come.
+        bytes: of the weights of each graph.
     """
 
     def __init__(
@@ -79,7 +83,7 @@ class Jobs:
         self.bytes = {name: sum(t.numel() * t.element_size() for t in tensors_of(m)) for name, m in modules.items()}
         self._memory = MemoryLimit(None if workers else available_memory())
         self._running: set[subprocess.Popen[bytes]] = set()
-        self._stopped = False
+        self.stopped = False
         self._lock = threading.Lock()
         self._number = iter(range(1 << 30))
 
@@ -88,7 +92,7 @@ class Jobs:
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
-            self._stopped = True
+            self.stopped = True
             for process in self._running:
                 _kill(process)
         self.pool.shutdown(wait=True, cancel_futures=True)
@@ -122,7 +126,7 @@ class Jobs:
     def _process(self, folder: Path, environment: Mapping[str, str]) -> int | None:
         """The exit status of a worker; None if it was stopped for taking too long."""
         with (folder / LOG).open("wb") as log, self._lock:
-            if self._stopped:
+            if self.stopped:
                 raise JobError("stopped")
             process = subprocess.Popen(
                 [sys.executable, "-m", "neuron_xtts.worker", str(folder / "job.json")],

@@ -1,5 +1,6 @@
 """Compile jobs, with the double of torch_neuronx: faults, memory, processes side by side, and the commands."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import neuron_double
 import pytest
 import torch
+from filelock import FileLock
 
 import neuron_xtts
 from neuron_xtts import BucketPlan, compiler, device, jobs
@@ -259,6 +261,16 @@ def test_a_killed_process_leaves_nothing_half_made(neuron_root, tmp_path, capsys
     assert len(list(Store(store))) == 1
 
 
+@contextlib.contextmanager
+def all_locks(root):
+    """Every lock of a store, held."""
+    with contextlib.ExitStack() as stack:
+        locks = [FileLock(path, timeout=1) for path in (root / "locks").iterdir()]
+        for lock in locks:
+            stack.enter_context(lock)
+        yield locks
+
+
 def test_timeout(graphs, tmp_path):
     with (
         Jobs(tmp_path, graphs, workers=1, timeout=0.3, fill=False) as jobs,
@@ -276,6 +288,41 @@ def test_leaving_ends_what_runs(graphs, tmp_path):
             time.sleep(0.01)
     with pytest.raises(JobError, match="killed"):
         future.result(timeout=0)
+
+
+@pytest.fixture
+def recipe(graphs, neuron):
+    (recipe,) = compiler.make_recipes(
+        graphs, vocoders(64), neuron_xtts.Precision(), device.find_neuron(), compiler.Digester()
+    )
+    return recipe
+
+
+def test_waiting_for_another_process_can_be_ended(graphs, recipe, tmp_path):
+    """By Ctrl-C, too: nobody waits for a lock that may be held for an hour."""
+    store = Store(tmp_path)
+    with (
+        store.lock(recipe),
+        store.scratch() as scratch,
+        Jobs(scratch, graphs, workers=1, timeout=600, fill=False) as jobs,
+    ):
+        future = jobs.pool.submit(compiler._compile, jobs, recipe, store)
+        time.sleep(1)
+        assert not future.done()
+    assert (future.result(timeout=0).status, future.result().reason) == ("failed", "stopped")
+
+
+def test_a_full_disk(tts, neuron, tmp_path, monkeypatch):
+    """It is the graph's failure, not that of all."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compiler, "_make", full)
+    summary = neuron_xtts.compile(tts, store=tmp_path, buckets=vocoders(64, 65), progress=False)
+    assert [entry.reason for entry in summary.entries] == ["[Errno 28] No space left on device"] * 2
+    with all_locks(tmp_path) as locks:
+        assert len(locks) == 2  # and they are free
 
 
 def test_graphs_that_cannot_be_handed_over(graphs, tmp_path):

@@ -175,7 +175,7 @@ def residual_layers(block: Any) -> list[tuple[Any, ...]]:
 
 
 def receptive_field(vocoder: Vocoder) -> tuple[int, int]:
-    """Frames to the left and to the right that the audio of one frame depends on (13 and 14 in XTTS v2)."""
+    """Frames to the left and to the right that the audio of one frame depends on (13 on either side in XTTS v2)."""
     hop = math.prod(up.stride[0] for up in vocoder.ups)
     first, last = _widen((0, hop - 1), vocoder.conv_post)
     for i in reversed(range(len(vocoder.ups))):
