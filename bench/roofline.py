@@ -278,7 +278,7 @@ Nothing here has been run on a device or compiled for one.
   is the cache written anew by every step, which is what the lowered program says without aliasing.
 * By law: by formulas, which hold exactly for every bucket of the transformer in the file, or this script ends.
 * Sentences: prefix positions + codes; vocoder in fp32, conditioning latents known. TTFA: the audio of {FIRST_CHUNK}
-  codes, as if streams decoded with graphs; today the codes of `inference_stream` come from coqui-tts.
+  codes.
 * Not counted: work of the host, and copies between host and device: keys and values out of prefill, the cache into
   decode, and out and in again when it outgrows its size, {cache_bytes(1) / 1e3:.0f} kB a position.
 * Disk: weights of every graph and states, uncompressed. HBM: and {MICROCODE / 1e6:.0f} MB of microcode, but without

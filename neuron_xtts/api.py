@@ -32,6 +32,7 @@ class Patch:
         from neuron_xtts.routes.conditioning import ConditioningRoute
         from neuron_xtts.routes.generate import GenerateRoute
         from neuron_xtts.routes.latents import LatentsMemo, LatentsRoute
+        from neuron_xtts.routes.stream import StreamRoute
         from neuron_xtts.routes.vocoder import VocoderRoute
 
         self.engine = Engine(xtts.gpt, xtts.hifigan_decoder, options.make_backend, strict=strict)
@@ -48,6 +49,9 @@ class Patch:
             name: Installation(module, method, partial(self.engine.serve, name, route))
             for name, (module, method, route) in routes.items()
         }
+        stream = StreamRoute(self.engine)
+        handler = partial(self.engine.stream, stream.name, stream)
+        self.installations[stream.name] = Installation(xtts.gpt, "get_generator", handler)
 
     def gone(self, xtts: Any) -> list[str]:
         """Routes that calls no longer reach, because ``load_checkpoint`` or the user replaced what they were on."""

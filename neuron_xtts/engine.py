@@ -7,7 +7,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -101,7 +101,7 @@ class Engine:
             args: of the call.
             kwargs: of the call.
         """
-        if os.environ.get(DISABLE_VARIABLE, "") not in ("", "0"):
+        if disabled():
             self.counters.count_fallback(name, f"{DISABLE_VARIABLE} is set")
             return wrapped(*args, **kwargs)
         # One call at a time: coqui-tts keeps the prefix of a generation on the model, and torch's generator is global.
@@ -117,7 +117,60 @@ class Engine:
                 self._serving = False
                 self.counters.add_seconds(name, time.perf_counter() - start)
 
-    def _attempt(self, name: str, call: Callable[[], Any]) -> tuple[bool, Any]:
+    def stream(self, name: str, route: Any, wrapped: Callable[..., Any], args: Any, kwargs: Any) -> Iterator[Any]:
+        """As `serve`, for a method that returns a generator.
+
+        If a step fails, coqui-tts's own generator starts over with the random state of the first step, and goes on
+        where the failed one stopped.
+
+        Args:
+            name: of the route.
+            route: makes an iterator, and with ``original`` coqui-tts's own.
+            wrapped: coqui-tts's own method.
+            args: of the call.
+            kwargs: of the call.
+        """
+        original = route.original(wrapped, *args, **kwargs)
+        if disabled():
+            self.counters.count_fallback(name, f"{DISABLE_VARIABLE} is set")
+            return original  # type: ignore[no-any-return]
+        served, steps = self._attempt(name, partial(route, *args, **kwargs), count=False)
+        return self._steps(name, steps, original) if served else original
+
+    def _steps(self, name: str, steps: Iterator[Any], original: Iterator[Any]) -> Iterator[Any]:
+        first, done = torch.get_rng_state(), 0
+        end = object()
+        while True:
+            with self._lock:  # not while the caller has the step
+                start = time.perf_counter()
+                served, step = self._attempt(name, partial(next, steps, end), count=False)
+                self.counters.add_seconds(name, time.perf_counter() - start)
+            if not served:
+                break
+            if step is end:
+                self.counters.count_served(name)
+                return
+            done += 1
+            try:
+                yield step
+            except GeneratorExit:
+                self.counters.count_served(name)
+                raise
+        now = torch.get_rng_state()
+        torch.set_rng_state(first)
+        with self._lock:
+            for _ in range(done):
+                next(original)
+        if done:
+            torch.set_rng_state(now)
+        while True:
+            with self._lock:
+                step = next(original, end)
+            if step is end:
+                return
+            yield step
+
+    def _attempt(self, name: str, call: Callable[[], Any], *, count: bool = True) -> tuple[bool, Any]:
         """Whether ``call`` succeeded, and its result; if not, the random state is what it was."""
         random_state = torch.get_rng_state()
         try:
@@ -131,7 +184,8 @@ class Engine:
             if self.strict:
                 raise FallbackError(name, reason) from error
             return False, None
-        self.counters.count_served(name)
+        if count:
+            self.counters.count_served(name)
         return True, result
 
     def run(self, graph: str, bucket: Bucket, used: int, *inputs: Tensor | None) -> tuple[Tensor, ...]:
@@ -172,6 +226,11 @@ class Engine:
             missing=self.missing | buckets,
             gone=gone,
         )
+
+
+def disabled() -> bool:
+    """Whether the user turned every route off."""
+    return os.environ.get(DISABLE_VARIABLE, "") not in ("", "0")
 
 
 def check_windows(plan: BucketPlan, halo: int) -> None:

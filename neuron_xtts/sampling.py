@@ -33,7 +33,10 @@ _CONFIG_BOOKKEEPING = {"bos_token_id", "eos_token_id", "pad_token_id", "_from_mo
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a call of ``GPT.generate`` asks for; the defaults are those of transformers' ``GenerationConfig``."""
+    """What a call of ``GPT.generate`` asks for; the defaults are those of transformers' ``GenerationConfig``.
+
+    With ``draws``, which is no argument of it, codes are drawn even without ``do_sample``.
+    """
 
     do_sample: bool = False
     temperature: float = 1.0
@@ -44,6 +47,7 @@ class Sampling:
     max_new_tokens: int = 0
     num_return_sequences: int = 1
     return_dict_in_generate: bool = False
+    draws: bool = False
 
     @classmethod
     def parse(cls, kwargs: dict[str, Any], generation_config: Any, max_new_tokens: int) -> Sampling:
@@ -60,7 +64,7 @@ class Sampling:
         for name, value in generation_config.to_diff_dict().items():
             if name not in _CONFIG_BOOKKEEPING and not (name in _NEUTRAL and _NEUTRAL[name] == value):
                 raise Fallback(f"generation_config.{name}")
-        known = {field.name for field in fields(cls)}
+        known = {field.name for field in fields(cls)} - {"draws"}
         settings: dict[str, Any] = {"max_new_tokens": max_new_tokens}
         for name, value in kwargs.items():
             if name in known and value is not None:
@@ -96,6 +100,6 @@ class Sampling:
 
     def draw(self, scores: Tensor) -> Tensor:
         """One code per row (B,) from processed scores (B, V), with torch's global random generator."""
-        if not self.do_sample:
+        if not (self.do_sample or self.draws):
             return scores.argmax(dim=-1)
         return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)

@@ -37,13 +37,12 @@ def graphs(tts_original):
     return make_graphs(xtts.gpt, xtts.hifigan_decoder)[0]
 
 
-def test_a_complete_store(tts, neuron, compiled, small_plan):
+def test_a_complete_store(tts, neuron, compiled, small_plan, monkeypatch):
     """Nothing is started; the time goes into reading the weights."""
-    start = time.monotonic()
+    monkeypatch.setattr(compiler, "Jobs", None)
     summary = neuron_xtts.compile(tts, store=compiled, buckets=small_plan)
     assert {entry.status for entry in summary.entries} == {"found"}
     assert summary.ok
-    assert time.monotonic() - start < 30  # starting one process would not take much less
     read = sum(parameter.numel() for parameter in tts.synthesizer.tts_model.gpt.gpt.parameters())
     assert summary.weights.bytes_read > 4 * read
     assert f"{summary.weights.bytes_read / 1e6:.0f} MB of weights read in" in str(summary)
@@ -250,7 +249,7 @@ def test_a_killed_process_leaves_nothing_half_made(neuron_root, tmp_path, capsys
     wait_for(lambda: list(store.glob("scratch/*/*-compile/job.json")) and workers(store))
     process.kill()
     process.wait()
-    wait_for(lambda: not workers(store), seconds=10)
+    wait_for(lambda: not workers(store))
     assert list(Store(store)) == []
     assert len(list(Store(store).leftovers())) == 1
     done = subprocess.run(command, env=neuron_double.environment(site), capture_output=True, text=True)

@@ -85,6 +85,30 @@ def test_parity_at_every_stage(xtts, voice, patch):
         assert_same_speech(a, b)
 
 
+def chunks_of(xtts, voice, text="the band plays an old song."):
+    return xtts.inference_stream(text, "en", *voice, top_k=1, **exactly(CODES))
+
+
+def test_a_stream(xtts, voice, patch):
+    theirs = list(chunks_of(xtts, voice))
+    patch(xtts, strict=True)
+    for a, b in zip(chunks_of(xtts, voice), theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    assert neuron_xtts.report(xtts).routes["GPT.get_generator"].served == 1
+
+
+def test_two_streams_on_one_decode_graph(xtts, voice, patch):
+    """The one that is overtaken goes on with coqui-tts's generator: both are what they would be alone."""
+    texts = ("one.", "another one.")
+    alone = [list(chunks_of(xtts, voice, text)) for text in texts]
+    patch(xtts)
+    together = list(zip(*(chunks_of(xtts, voice, text) for text in texts), strict=True))
+    for ours, theirs in zip(zip(*together, strict=True), alone, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    assert fallbacks(xtts, "GPT.get_generator") == {"another call took over the decode graph": 1}
+
+
 def test_the_latents_graph(xtts, voice, patch):
     """Codes from elsewhere."""
     text, codes = torch.ones(1, 9, dtype=torch.long), torch.arange(100, 140)[None]

@@ -112,7 +112,7 @@ def test_tts_api(tts, reference, plan):
 
 
 def test_stream(xtts, voice):
-    """`inference_stream` decodes with coqui-tts's own generator, and vocodes with ours."""
+    """The chunks of `inference_stream`; test_stream.py has the rest."""
     stop_after(xtts, None)
 
     def chunks():

@@ -53,28 +53,53 @@ class GenerateRoute:
             raise Fallback(f"conditioning latents of {cond_latents.dtype}")
 
         prefix = embed_prefix(gpt, cond_latents, text_inputs)  # (B, P, D), the start code last
-        decoding = Decoding(engine, prefix, sampling.num_return_sequences)
-        ids = torch.ones(decoding.rows, prefix.shape[1], dtype=torch.long)  # as GPT.compute_embeddings makes them
-        ids[:, -1] = gpt.start_audio_token
-        processors = sampling.processors(ids.shape[1], gpt.stop_audio_token)
-        unfinished = torch.ones(decoding.rows, dtype=torch.bool)
-        latents = []
-        for step, (step_latents, logits) in enumerate(decoding):
-            codes = sampling.draw(processors(ids, logits))
-            codes = torch.where(unfinished, codes, gpt.stop_audio_token)
-            ids = torch.cat([ids, codes[:, None]], dim=1)
-            latents.append(step_latents)
-            unfinished &= codes != gpt.stop_audio_token
-            if step + 1 == sampling.max_new_tokens or not unfinished.any():
-                break
-            decoding.feed(embed_code(gpt, codes, step + 1))
-
-        codes = ids[:, prefix.shape[1] :]
+        generation = Generation(engine, sampling, prefix)
+        latents = [step_latents for _, step_latents in generation]
+        codes = generation.ids[:, prefix.shape[1] :]
         if sampling.num_return_sequences == 1:
             self.memo.store(gpt, cond_latents, text_inputs, codes, torch.stack(latents, dim=1))
         if not sampling.return_dict_in_generate:
             return codes
-        return codes, GenerateDecoderOnlyOutput(sequences=ids, past_key_values=decoding.cache())
+        cache = generation.decoding.cache()
+        return codes, GenerateDecoderOnlyOutput(sequences=generation.ids, past_key_values=cache)
+
+
+class Generation:
+    """The decode loop: one code per row and step, until all rows have stopped or enough were drawn.
+
+    Iterating yields the codes (rows,) and latents (rows, D) of each step. A step is run when it is asked for.
+
+    Args:
+        engine: of the patched model.
+        sampling: what was asked for.
+        prefix: (B, P, D) embeddings, the start code last.
+
+    Attributes:
+        ids: (rows, P + N) the prefix as Hugging Face's loop sees it, and the codes so far.
+    """
+
+    def __init__(self, engine: Engine, sampling: Sampling, prefix: Tensor) -> None:
+        self.engine = engine
+        self.sampling = sampling
+        self.prefix = prefix
+        self.ids = torch.ones(prefix.shape[0] * sampling.num_return_sequences, prefix.shape[1], dtype=torch.long)
+        self.ids[:, -1] = engine.gpt.start_audio_token  # as GPT.compute_embeddings makes them
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        gpt, sampling = self.engine.gpt, self.sampling
+        self.decoding = Decoding(self.engine, self.prefix, sampling.num_return_sequences)
+        processors = sampling.processors(self.prefix.shape[1], gpt.stop_audio_token)
+        unfinished = torch.ones(len(self.ids), dtype=torch.bool)
+        for step, (latents, logits) in enumerate(self.decoding):
+            codes = sampling.draw(processors(self.ids, logits))
+            codes = torch.where(unfinished, codes, gpt.stop_audio_token)
+            self.ids = torch.cat([self.ids, codes[:, None]], dim=1)
+            yield codes, latents
+            unfinished &= codes != gpt.stop_audio_token
+            if step + 1 == sampling.max_new_tokens or not unfinished.any():
+                return
+            self.decoding.feed(embed_code(gpt, codes, step + 1))
 
 
 def embed_prefix(gpt: Any, cond_latents: Tensor, text_inputs: Tensor) -> Tensor:

@@ -1,0 +1,207 @@
+"""Streams, patched against unpatched, chunk by chunk; faults in the middle; streams side by side."""
+
+import copy
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from helpers import all_fallbacks, fallbacks, stop_after
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_parity import PLANS
+
+import neuron_xtts
+from neuron_xtts import BucketPlan
+from neuron_xtts.backends.cpu import CpuBackend, HostState
+
+TEXT = "the band plays an old song."
+
+
+def stream(xtts, voice, text=TEXT, seed=3, **options):
+    """Chunks, and the random state they leave behind."""
+    torch.manual_seed(seed)
+    chunks = [chunk.numpy() for chunk in xtts.inference_stream(text, "en", *voice, **options)]
+    return chunks, torch.get_rng_state()
+
+
+def assert_same_chunks(ours, theirs):
+    assert torch.equal(ours[1], theirs[1])
+    assert [len(chunk) for chunk in ours[0]] == [len(chunk) for chunk in theirs[0]]
+    for a, b in zip(ours[0], theirs[0], strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+    samples = np.concatenate(theirs[0])  # none at all, if there is less than what chunks overlap
+    assert not len(samples) or np.abs(samples).max() > 1e-4
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("codes", [1, 2, 19, 20, 21, 90])
+def test_same_chunks(xtts, voice, plan, codes):
+    """To the stop code, at every place it may have in a chunk."""
+    options = {"max_new_tokens": 200, **stop_after(xtts, codes)}
+    theirs = stream(xtts, voice, **options)
+    neuron_xtts.patch(xtts, buckets=PLANS[plan], strict=True)
+    assert_same_chunks(stream(xtts, voice, **options), theirs)
+    report = neuron_xtts.report(xtts)
+    assert report.routes["GPT.get_generator"].served == 1
+    assert sum(counts.runs for counts in report.graphs.get("decode", {}).values()) == codes - 1
+    assert all_fallbacks(xtts) == {}
+
+
+@pytest.fixture(scope="module")
+def models(tts_original):
+    """One as it is, one patched."""
+    plain = copy.deepcopy(tts_original.synthesizer.tts_model)
+    patched = copy.deepcopy(plain)
+    return plain, neuron_xtts.patch(patched, strict=True)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    size=st.integers(1, 100),
+    overlap=st.integers(256, 4096),
+    codes=st.integers(1, 60),
+    speed=st.sampled_from([0.7, 1.0, 1.3, 1.5]),
+    split=st.booleans(),
+    sample=st.booleans(),
+)
+def test_any_stream(models, voice, seed, size, overlap, codes, speed, split, sample):
+    options = {
+        "stream_chunk_size": size, "overlap_wav_len": overlap, "speed": speed, "enable_text_splitting": split,
+        "do_sample": sample, "max_new_tokens": codes, "min_new_tokens": codes,
+    }  # fmt: skip
+    results = []
+    for model in models:
+        try:
+            results.append(stream(model, voice, seed=seed, **options))
+        except Exception as error:  # coqui-tts has inputs of its own that it cannot do
+            results.append((type(error), str(error)))
+    theirs, ours = results
+    if isinstance(theirs[0], type):
+        assert ours == theirs
+    else:
+        assert_same_chunks(ours, theirs)
+
+
+def failing(original, at):
+    calls = iter(range(10**6))
+
+    def run(*args, **kwargs):
+        if next(calls) == at:
+            raise RuntimeError("the device is gone")
+        return original(*args, **kwargs)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "at"), [(CpuBackend, "run", 0), (HostState, "step", 0), (HostState, "step", 33)]
+)
+def test_a_fault_in_the_middle(xtts, voice, monkeypatch, owner, method, at):
+    """coqui-tts's generator goes on where ours stopped: no chunk is lost, none comes twice."""
+    options = {"max_new_tokens": 50, **stop_after(xtts, None)}
+    theirs = stream(xtts, voice, **options)
+    neuron_xtts.patch(xtts)
+    with monkeypatch.context() as patching:
+        patching.setattr(owner, method, failing(getattr(owner, method), at))
+        assert_same_chunks(stream(xtts, voice, **options), theirs)
+    assert all_fallbacks(xtts) == {"GPT.get_generator": {"RuntimeError: the device is gone": 1}}
+    assert_same_chunks(stream(xtts, voice, **options), theirs)
+    assert neuron_xtts.report(xtts).routes["GPT.get_generator"].served == 1
+
+
+def test_a_bucket_that_is_outgrown(xtts, voice):
+    options = {"max_new_tokens": 40, **stop_after(xtts, None)}
+    theirs = stream(xtts, voice, **options)
+    neuron_xtts.patch(xtts, buckets=BucketPlan(decode=(80,)))
+    assert_same_chunks(stream(xtts, voice, **options), theirs)
+    assert fallbacks(xtts, "GPT.get_generator") == {"larger than the largest decode bucket (80)": 1}
+
+
+# What inference_stream does not pass, straight to the generator: arguments, and the reason.
+REASONS = {
+    "beams": ({"num_beams": 2, "do_sample": True}, "argument num_beams"),
+    "typical": ({"typical_p": 0.5, "do_sample": True}, "argument typical_p"),
+    "several rows": ({"num_return_sequences": 2, "do_sample": True}, "a stream of several rows"),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_arguments_that_fall_back(xtts, voice, name):
+    arguments, reason = REASONS[name]
+
+    def pairs():
+        ids = xtts.gpt.compute_embeddings(voice[0], torch.arange(1, 10)[None])
+        torch.manual_seed(1)
+        steps = xtts.gpt.get_generator(
+            fake_inputs=ids, output_hidden_states=True, return_dict_in_generate=True, max_new_tokens=5, **arguments
+        )
+        return [(code, latents) for code, latents in steps]
+
+    theirs = pairs()
+    neuron_xtts.patch(xtts)
+    for (our_code, ours), (their_code, latents) in zip(pairs(), theirs, strict=True):
+        assert torch.equal(our_code, their_code)
+        assert torch.equal(ours, latents)
+    assert fallbacks(xtts, "GPT.get_generator") == {reason: 1}
+
+
+def test_states_that_fall_back(xtts, voice):
+    neuron_xtts.patch(xtts)
+    ids = xtts.gpt.compute_embeddings(voice[0], torch.arange(1, 10)[None])
+    common = {"max_new_tokens": 3, "return_dict_in_generate": True}
+    xtts.gpt.get_generator(fake_inputs=ids, **common)
+    xtts.gpt.get_generator(fake_inputs=ids[:, 1:], output_hidden_states=True, **common)
+    prefix = xtts.gpt.gpt_inference.cached_prefix_emb
+    xtts.gpt.gpt_inference.store_prefix_emb(prefix.double())
+    xtts.gpt.get_generator(fake_inputs=ids, output_hidden_states=True, **common)
+    assert fallbacks(xtts, "GPT.get_generator") == {
+        "argument output_hidden_states=False": 1,
+        "ids that do not fit the prefix on the model": 1,
+        "a prefix of torch.float64": 1,
+    }
+
+
+@pytest.mark.parametrize("fault", [None, 12])
+def test_streams_side_by_side(xtts, voice, monkeypatch, fault):
+    """Pulled in turns, each is what it would be alone; even if one of them goes on with coqui-tts's generator."""
+    options = {"max_new_tokens": 45, "top_k": 1, **stop_after(xtts, None)}  # no draw depends on whose turn it is
+    texts = ("one.", "another one, which is longer.")
+    alone = [stream(xtts, voice, text, **options)[0] for text in texts]
+    neuron_xtts.patch(xtts)
+    if fault:
+        monkeypatch.setattr(HostState, "step", failing(HostState.step, fault))
+    streams = [xtts.inference_stream(text, "en", *voice, **options) for text in texts]
+    together = list(zip(*streams, strict=True))
+    for ours, theirs in zip(zip(*together, strict=True), alone, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a.numpy(), b, rtol=0, atol=1e-5)
+    assert sum(fallbacks(xtts, "GPT.get_generator").values()) == (1 if fault else 0)
+
+
+def test_an_abandoned_stream_frees_its_state(xtts, voice, monkeypatch):
+    states = []
+    new_state = CpuBackend.new_state
+    monkeypatch.setattr(
+        CpuBackend, "new_state", lambda *args: states.append(weakref.ref(state := new_state(*args))) or state
+    )
+    neuron_xtts.patch(xtts, strict=True)
+    for _ in range(3):
+        chunks = xtts.inference_stream(TEXT, "en", *voice, max_new_tokens=60, min_new_tokens=60)
+        next(chunks)
+        assert states[-1]() is not None
+        chunks.close()
+        assert states[-1]() is None  # at once, not when somebody collects garbage
+    gc.collect()
+    assert neuron_xtts.report(xtts).routes["GPT.get_generator"].served == 3
+
+
+def test_disabled(xtts, voice, monkeypatch):
+    theirs = stream(xtts, voice, max_new_tokens=10)
+    neuron_xtts.patch(xtts, strict=True)
+    monkeypatch.setenv("NEURON_XTTS_DISABLE", "1")
+    ours = stream(xtts, voice, max_new_tokens=10)
+    assert_same_chunks(ours, theirs)
+    assert fallbacks(xtts, "GPT.get_generator") == {"NEURON_XTTS_DISABLE is set": 1}
