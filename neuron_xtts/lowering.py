@@ -20,6 +20,7 @@ from neuron_xtts.buckets import Bucket
 from neuron_xtts.errors import FrontendMissingError
 from neuron_xtts.graphs.transformer import Decode, StatefulDecode
 from neuron_xtts.graphs.vocoder import fill_small_kernels, fold_weight_norm
+from neuron_xtts.hooks import without_recorders
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,14 @@ def lower(name: str, bucket: str, graph: nn.Module, inputs: Mapping[str, Tensor]
 
 
 def traceable(graphs: Mapping[str, Any], *, fill: bool = False) -> dict[str, nn.Module]:
-    """The graphs with operators that lower; nothing is copied but the vocoder, and the originals stay as they are.
+    """The graphs with operators that lower; no weight is copied but the vocoder's, and the originals stay as they are.
 
     Args:
         graphs: by name, as the engine makes them.
         fill: replace convolutions whose kernel is smaller than their dilation.
     """
-    found: dict[str, nn.Module] = dict(graphs)
-    if "vocoder" in found:
+    found = {name: without_recorders(graph) for name, graph in graphs.items() if name != "vocoder"}
+    if "vocoder" in graphs:
         vocoder = fold_weight_norm(graphs["vocoder"])
         if fill:
             fill_small_kernels(vocoder)

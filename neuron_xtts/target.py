@@ -10,6 +10,7 @@ from packaging.specifiers import SpecifierSet
 from torch import nn
 
 from neuron_xtts.errors import Fallback, ModelNotReadyError, UnsupportedVersionError
+from neuron_xtts.hooks import is_hooked
 
 #: What this library was written for and is tested on. pyproject.toml says the same.
 SUPPORTED = {"coqui-tts": ">=0.27.3,<0.29", "transformers": ">=4.57,<6", "torch": ">=2.8"}
@@ -155,7 +156,7 @@ def check_state(*modules: nn.Module) -> None:
         raise Fallback(f"weights of {weight.dtype}")
     if torch.is_autocast_enabled("cpu"):
         raise Fallback("autocast")
-    if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
+    if any(is_hooked(module) for module in modules):
         raise Fallback("forward hooks")
     if any("forward" in vars(module) for module in modules):
         raise Fallback("a forward method that somebody replaced")

@@ -2,19 +2,24 @@
 
 import copy
 import gc
+import io
 import weakref
 
 import numpy as np
 import pytest
 import torch
-from helpers import all_fallbacks, fallbacks, stop_after
+from helpers import all_fallbacks, assert_same_speech, fallbacks, speak, stop_after
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_parity import PLANS
+from torch import nn
 
 import neuron_xtts
 from neuron_xtts import BucketPlan
 from neuron_xtts.backends.cpu import CpuBackend, HostState
+from neuron_xtts.engine import make_graphs
+from neuron_xtts.hooks import is_hooked, without_recorders
+from neuron_xtts.lowering import traceable
 
 TEXT = "the band plays an old song."
 
@@ -196,6 +201,35 @@ def test_an_abandoned_stream_frees_its_state(xtts, voice, monkeypatch):
         assert states[-1]() is None  # at once, not when somebody collects garbage
     gc.collect()
     assert neuron_xtts.report(xtts).routes["GPT.get_generator"].served == 3
+
+
+def test_hooks_that_transformers_leaves(xtts, voice):
+    """From version 5 on, a stream of plain coqui-tts leaves hooks that record: graphs serve all the same."""
+    stream(xtts, voice, max_new_tokens=5)
+    theirs = stream(xtts, voice, max_new_tokens=10)
+    neuron_xtts.patch(xtts, strict=True)
+    assert_same_chunks(stream(xtts, voice, max_new_tokens=10), theirs)
+    assert_same_speech(speak(xtts, voice, max_new_tokens=10), speak(copy.deepcopy(xtts), voice, max_new_tokens=10))
+    graphs, _ = make_graphs(xtts.gpt, xtts.hifigan_decoder)
+    torch.save(traceable(graphs), io.BytesIO())  # as compile() hands them to its workers
+
+
+def test_recorders_are_told_apart():
+    def recorder(*_):
+        return None
+
+    recorder.__module__ = "transformers.utils.output_capturing"
+    inner = nn.Linear(3, 3)
+    module = nn.Sequential(inner)
+    inner.register_forward_hook(recorder)
+    assert not is_hooked(inner)
+    copied = without_recorders(module)
+    assert not copied[0]._forward_hooks
+    assert copied[0].weight is inner.weight
+    assert inner._forward_hooks
+    inner.register_forward_pre_hook(lambda *_: None)
+    assert is_hooked(inner)
+    assert is_hooked(without_recorders(module)[0])
 
 
 def test_disabled(xtts, voice, monkeypatch):

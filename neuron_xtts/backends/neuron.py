@@ -15,6 +15,7 @@ from torch import Tensor
 from neuron_xtts.buckets import Bucket, BucketPlan, bucket_name
 from neuron_xtts.errors import ArtifactError, Fallback
 from neuron_xtts.graphs.transformer import OUTPUTS, Decode
+from neuron_xtts.hooks import is_hooked
 from neuron_xtts.precision import Precision
 from neuron_xtts.store import Artifact, Recipe, Store
 from neuron_xtts.verification import deviation
@@ -101,7 +102,7 @@ class NeuronBackend:
     def check(self, graph: str) -> None:
         """See `Backend.check`."""
         module = self.graphs[graph]
-        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in module.modules()):
+        if any(is_hooked(layer) for layer in module.modules()):
             raise Fallback("forward hooks")
         if any("forward" in vars(layer) for layer in module.modules()):
             raise Fallback("a forward method that somebody replaced")
