@@ -18,7 +18,7 @@ test: .venv/ready .venv-next/ready .venv-oldest/ready
 	.venv/bin/mypy
 	.venv/bin/python -m pytest
 	.venv-next/bin/python -m pytest $(INDEPENDENT:%=--ignore=tests/%)
-	.venv-oldest/bin/python -m pytest tests/test_api.py tests/test_fallbacks.py tests/test_parity.py
+	.venv-oldest/bin/python -m pytest tests/test_api.py tests/test_fallbacks.py tests/test_parity.py tests/test_stream.py
 
 bench: .venv/ready
 	.venv/bin/python bench/sentence.py
