@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any
@@ -143,6 +143,6 @@ class Buckets:
         return "x".join("exact" if sizes is None else str(n) for sizes, n in zip(dimensions, bucket, strict=True))
 
 
-def bucket_name(bucket: Bucket) -> str:
+def bucket_name(bucket: Sequence[int]) -> str:
     """A bucket as it is written: ``1x512``."""
     return "x".join(map(str, bucket))

@@ -17,6 +17,7 @@ from packaging.version import Version
 from neuron_xtts.buckets import bucket_name
 from neuron_xtts.device import PACKAGES, Neuron, find_neuron
 from neuron_xtts.engine import make_graphs
+from neuron_xtts.errors import describe
 from neuron_xtts.options import Options
 from neuron_xtts.report import table
 from neuron_xtts.store import Store
@@ -158,5 +159,4 @@ def _import_problem(module: str) -> Iterator[str]:
     try:
         importlib.import_module(module)
     except Exception as error:
-        text = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
-        yield f"import {module} fails: {text}"
+        yield f"import {module} fails: {describe(error)}"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from neuron_xtts.backends import Backend, DecodeState
 from neuron_xtts.buckets import Bucket, BucketPlan, Buckets, bucket_name
-from neuron_xtts.errors import Fallback, FallbackError
+from neuron_xtts.errors import Fallback, FallbackError, describe
 from neuron_xtts.graphs.conditioning import Conditioning
 from neuron_xtts.graphs.transformer import Decode, Latents, Prefill, Trunk
 from neuron_xtts.graphs.vocoder import Vocoder, receptive_field
@@ -178,7 +178,7 @@ class Engine:
         except Exception as error:
             torch.set_rng_state(random_state)
             expected = isinstance(error, Fallback)
-            reason = str(error) if expected else f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+            reason = str(error) if expected else describe(error)[:200]
             if self.counters.count_fallback(name, reason):
                 logger.warning("%s falls back to coqui-tts: %s", name, reason, exc_info=not expected)
             if self.strict:

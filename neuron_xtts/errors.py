@@ -44,3 +44,8 @@ class FallbackError(NeuronXttsError, RuntimeError):
 
 class Fallback(Exception):  # noqa: N818 - a signal between a route and the engine, never seen by users
     """Says that coqui's own method must serve this call, and why."""
+
+
+def describe(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 
 from torch import nn
+
+from neuron_xtts.errors import Fallback
+from neuron_xtts.weights import tensors_of
 
 # transformers 5 leaves hooks of its own once hidden states were asked for, as coqui-tts's streams do. They record, and
 # change nothing.
@@ -12,15 +16,22 @@ _RECORDERS = "transformers."
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` calls code of somebody else."""
+    """Whether ``module`` has forward hooks that do more than record."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return any(not _records(hook) for hook in hooks)
 
 
+def check_unhooked(modules: Collection[nn.Module]) -> None:
+    """Raise `Fallback` if calling one of ``modules`` calls code of somebody else."""
+    if any(is_hooked(module) for module in modules):
+        raise Fallback("forward hooks")
+    if any("forward" in vars(module) for module in modules):
+        raise Fallback("a forward method that somebody replaced")
+
+
 def without_recorders(module: nn.Module) -> nn.Module:
     """A copy of the structure, over the same tensors, without the hooks that only record: they cannot be pickled."""
-    tensors = [*module.parameters(), *module.buffers()]
-    copied = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    copied = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors_of(module)})
     for layer in copied.modules():
         for key, hook in list(layer._forward_hooks.items()):
             if _records(hook):

@@ -92,7 +92,7 @@ class Artifact:
 
     Attributes:
         folder: where it is.
-        manifest: what it says of itself: ``recipe``, ``checksum``, ``bytes``, ``created``, ``seconds``, ``outputs``,
+        manifest: what it says of itself: ``recipe``, ``checksum``, ``bytes``, ``created``, ``seconds``,
             ``verification`` (None until it has run on a device) and ``quarantined`` (None or the reason).
     """
 

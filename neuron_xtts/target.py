@@ -10,7 +10,7 @@ from packaging.specifiers import SpecifierSet
 from torch import nn
 
 from neuron_xtts.errors import Fallback, ModelNotReadyError, UnsupportedVersionError
-from neuron_xtts.hooks import is_hooked
+from neuron_xtts.hooks import check_unhooked
 
 #: What this library was written for and is tested on. pyproject.toml says the same.
 SUPPORTED = {"coqui-tts": ">=0.27.3,<0.29", "transformers": ">=4.57,<6", "torch": ">=2.8"}
@@ -156,7 +156,4 @@ def check_state(*modules: nn.Module) -> None:
         raise Fallback(f"weights of {weight.dtype}")
     if torch.is_autocast_enabled("cpu"):
         raise Fallback("autocast")
-    if any(is_hooked(module) for module in modules):
-        raise Fallback("forward hooks")
-    if any("forward" in vars(module) for module in modules):
-        raise Fallback("a forward method that somebody replaced")
+    check_unhooked(modules)

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from neuron_xtts.buckets import bucket_name
+from neuron_xtts.errors import describe
 from neuron_xtts.graphs.transformer import OUTPUTS
 from neuron_xtts.lowering import in_bucket
 from neuron_xtts.store import MODEL, Store, write_json
@@ -71,7 +73,7 @@ def lower_graph(job: Job) -> dict[str, Any]:
 
     device = frontend().device()
     module, inputs = in_bucket(load(job.graphs, job.graph), tuple(job.bucket))
-    return asdict(lower(job.graph, "x".join(map(str, job.bucket)), module.to(device), inputs))
+    return asdict(lower(job.graph, bucket_name(job.bucket), module.to(device), inputs))
 
 
 def compile_graph(job: Job) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def compile_graph(job: Job) -> dict[str, Any]:
             module.eval(),
             tuple(inputs.values()),
             input_output_aliases={state: i + OUTPUTS for i, state in enumerate(states)},
-            compiler_workdir=str(folder / f"{job.graph}-{'x'.join(map(str, job.bucket))}"),
+            compiler_workdir=str(folder / f"{job.graph}-{bucket_name(job.bucket)}"),
             compiler_args=list(job.arguments),
             cpu_backend=True,
         )
@@ -132,7 +134,7 @@ def main(path: str) -> int:
         result = MODES[job.mode](job)
     except Exception as error:
         traceback.print_exc()
-        result = {"error": f"{type(error).__name__}: {error}".strip().partition("\n")[0]}
+        result = {"error": describe(error)}
     write_json(Path(job.folder) / RESULT, result)
     return 1 if "error" in result else 0
 

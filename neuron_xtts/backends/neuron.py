@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from neuron_xtts.buckets import Bucket, BucketPlan, bucket_name
-from neuron_xtts.errors import ArtifactError, Fallback
+from neuron_xtts.errors import ArtifactError, Fallback, describe
 from neuron_xtts.graphs.transformer import OUTPUTS, Decode
-from neuron_xtts.hooks import is_hooked
+from neuron_xtts.hooks import check_unhooked
 from neuron_xtts.precision import Precision
 from neuron_xtts.store import Artifact, Recipe, Store
 from neuron_xtts.verification import deviation
@@ -102,10 +102,7 @@ class NeuronBackend:
     def check(self, graph: str) -> None:
         """See `Backend.check`."""
         module = self.graphs[graph]
-        if any(is_hooked(layer) for layer in module.modules()):
-            raise Fallback("forward hooks")
-        if any("forward" in vars(layer) for layer in module.modules()):
-            raise Fallback("a forward method that somebody replaced")
+        check_unhooked(list(module.modules()))
         now = stamp(tensors_of(module))
         then, same = self._stamps[graph]
         if now != then:
@@ -286,8 +283,8 @@ class NeuronState:
 
 def first_line(error: BaseException) -> str:
     """What an error says, short enough to be a reason."""
-    name = "" if isinstance(error, ArtifactError) else f"{type(error).__name__}: "
-    return f"{name}{error}".strip().partition("\n")[0][:200]
+    text = str(error).partition("\n")[0] if isinstance(error, ArtifactError) else describe(error)
+    return text[:200]
 
 
 def _natural(name: str) -> list[int | str]:
