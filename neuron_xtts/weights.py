@@ -43,7 +43,7 @@ class Digester:
         layers = [(name, type(layer).__name__, layer.extra_repr()) for name, layer in module.named_modules()]
         tensors = [(name, self._tensor(tensor)) for name, tensor in module.state_dict(keep_vars=True).items()]
         self.seconds += time.perf_counter() - start
-        return hashlib.sha256(json.dumps([layers[1:], tensors]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([layers, tensors]).encode()).hexdigest()
 
     def _tensor(self, tensor: Tensor) -> str:
         (key,) = stamp([tensor])

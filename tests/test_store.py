@@ -168,6 +168,12 @@ def test_digests():
     assert Digester().digest(module.double()) != digest
 
 
+def test_digests_of_settings_on_the_graph_itself():
+    """Such as the heads of the conditioning graph, which no weight tells."""
+    first, second = nn.Dropout(0.1), nn.Dropout(0.2)
+    assert Digester().digest(first) != Digester().digest(second)
+
+
 def test_shared_weights_are_read_once():
     linear = nn.Linear(8, 8)
     digester = Digester()
