@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from neuron_xtts.buckets import BucketPlan
-from neuron_xtts.options import Options
+from neuron_xtts.options import VOICES, Options
 from neuron_xtts.precision import Precision
 from neuron_xtts.report import Report
 from neuron_xtts.target import check_ready, check_versions, find_xtts
@@ -21,12 +21,16 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model")
 PathLike = str | os.PathLike[str]
+Handler = Callable[..., Any]
 
 
 class Patch:
-    """The engine of one model and the proxies that lead to it. It holds no reference to the ``Xtts`` itself."""
+    """The engine of one model and the proxies that lead to it.
 
-    def __init__(self, xtts: Any, options: Options, *, strict: bool) -> None:
+    It holds no reference to the ``Xtts``, and nothing but its proxies holds it: model and patch are freed together.
+    """
+
+    def __init__(self, xtts: Any, options: Options, *, strict: bool, voice_cache: int) -> None:
         from neuron_xtts.engine import Engine
         from neuron_xtts.proxy import Installation
         from neuron_xtts.routes.conditioning import ConditioningRoute
@@ -34,33 +38,33 @@ class Patch:
         from neuron_xtts.routes.latents import LatentsMemo, LatentsRoute
         from neuron_xtts.routes.stream import StreamRoute
         from neuron_xtts.routes.vocoder import VocoderRoute
+        from neuron_xtts.routes.voice import ConditioningLatentsRoute, SpeakerEmbeddingRoute
 
-        self.engine = Engine(xtts.gpt, xtts.hifigan_decoder, options.make_backend, strict=strict)
-        memo = LatentsMemo()
-        vocoder = VocoderRoute(self.engine)
-        routes: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-            ConditioningRoute.name: (xtts.gpt, "get_style_emb", ConditioningRoute(self.engine)),
-            GenerateRoute.name: (xtts.gpt, "generate", GenerateRoute(self.engine, memo)),
-            LatentsRoute.name: (xtts.gpt, "forward", LatentsRoute(self.engine, memo)),
-            "HifiDecoder.forward": (xtts.hifigan_decoder, "forward", vocoder.forward),
-            "HifiDecoder.inference": (xtts.hifigan_decoder, "inference", vocoder.inference),
+        gpt, decoder = xtts.gpt, xtts.hifigan_decoder
+        engine = self.engine = Engine(gpt, decoder, options.make_backend, strict=strict)
+        memo, vocoder, stream = LatentsMemo(), VocoderRoute(engine), StreamRoute(engine)
+
+        def serve(name: str, route: Callable[..., Any]) -> Handler:
+            return partial(engine.serve, name, route)
+
+        handlers: dict[str, tuple[Any, str, Handler]] = {
+            ConditioningRoute.name: (gpt, "get_style_emb", serve(ConditioningRoute.name, ConditioningRoute(engine))),
+            GenerateRoute.name: (gpt, "generate", serve(GenerateRoute.name, GenerateRoute(engine, memo))),
+            LatentsRoute.name: (gpt, "forward", serve(LatentsRoute.name, LatentsRoute(engine, memo))),
+            vocoder.FORWARD: (decoder, "forward", serve(vocoder.FORWARD, vocoder.forward)),
+            vocoder.INFERENCE: (decoder, "inference", serve(vocoder.INFERENCE, vocoder.inference)),
+            stream.name: (gpt, "get_generator", partial(engine.stream, stream.name, stream)),
         }
-        self.installations = {
-            name: Installation(module, method, partial(self.engine.serve, name, route))
-            for name, (module, method, route) in routes.items()
-        }
-        stream = StreamRoute(self.engine)
-        handler = partial(self.engine.stream, stream.name, stream)
-        self.installations[stream.name] = Installation(xtts.gpt, "get_generator", handler)
+        for voice in (ConditioningLatentsRoute, SpeakerEmbeddingRoute):
+            handlers[voice.name] = xtts, voice.name.removeprefix("Xtts."), voice(xtts, engine, voice_cache)
+        self.installations = {name: Installation(*handler, owner=self) for name, handler in handlers.items()}
 
     def gone(self, xtts: Any) -> list[str]:
         """Routes that calls no longer reach, because ``load_checkpoint`` or the user replaced what they were on."""
-        modules = (xtts.gpt, xtts.hifigan_decoder)
-        return [
-            name
-            for name, installation in self.installations.items()
-            if not installation.live or not any(installation.module is module for module in modules)
-        ]
+        modules = [xtts.gpt, xtts.hifigan_decoder]
+        if xtts.gpt is self.engine.gpt and xtts.hifigan_decoder is self.engine.decoder:
+            modules.append(xtts)  # else its routes lead to the voices of other encoders
+        return [name for name, installation in self.installations.items() if not installation.is_on(*modules)]
 
     def remove(self) -> None:
         """Take every proxy off again."""
@@ -69,7 +73,13 @@ class Patch:
 
 
 # Not an attribute of the model: unpatch must leave every __dict__ as it was, and a deepcopy must not inherit a patch.
-_patches: weakref.WeakKeyDictionary[Any, Patch] = weakref.WeakKeyDictionary()
+_patches: weakref.WeakKeyDictionary[Any, weakref.ref[Patch]] = weakref.WeakKeyDictionary()
+
+
+def find_patch(xtts: Any) -> Patch | None:
+    """The patch of a model, if it has one."""
+    reference = _patches.get(xtts)
+    return None if reference is None else reference()
 
 
 def patch(
@@ -80,6 +90,7 @@ def patch(
     buckets: BucketPlan | None = None,
     store: PathLike | None = None,
     strict: bool = False,
+    voice_cache: int = VOICES,
 ) -> Model:
     """Route the expensive calls of a coqui-tts XTTS model to graphs. Undone by `unpatch`.
 
@@ -96,6 +107,7 @@ def patch(
             `BucketPlan.static` on Neuron.
         store: folder of the compiled graphs; by default what NEURON_XTTS_CACHE names, else the user's cache folder.
         strict: raise `FallbackError` where a call would fall back to coqui-tts.
+        voice_cache: how many voices to remember, by the content of their recordings; 0 to compute each at every call.
 
     Returns:
         ``model``.
@@ -110,9 +122,11 @@ def patch(
     check_versions()
     xtts = find_xtts(model)
     options = Options.make(backend, precision, buckets, store, to_run=True)
+    if type(voice_cache) is not int or voice_cache < 0:
+        raise ValueError(f"voice_cache={voice_cache!r}; expected how many voices to remember, or 0 for none")
     check_ready(xtts)
     unpatch(model)
-    _patches[xtts] = Patch(xtts, options, strict=strict)
+    _patches[xtts] = weakref.ref(Patch(xtts, options, strict=strict, voice_cache=voice_cache))
     return model
 
 
@@ -192,9 +206,11 @@ def unpatch(model: Model) -> Model:
     Returns:
         ``model``.
     """
-    found = _patches.pop(find_xtts(model), None)
+    xtts = find_xtts(model)
+    found = find_patch(xtts)
     if found is not None:
         found.remove()
+        del _patches[xtts]
     return model
 
 
@@ -220,7 +236,7 @@ def is_patched(model: Any) -> bool:
         model: as for `patch`.
     """
     xtts = find_xtts(model)
-    found = _patches.get(xtts)
+    found = find_patch(xtts)
     return found is not None and len(found.gone(xtts)) < len(found.installations)
 
 
@@ -231,7 +247,7 @@ def report(model: Any) -> Report:
         model: as for `patch`. The report of a model that is not patched says so.
     """
     xtts = find_xtts(model)
-    found = _patches.get(xtts)
+    found = find_patch(xtts)
     if found is None:
         return Report()
     return found.engine.report(found.installations, found.gone(xtts))

@@ -50,8 +50,7 @@ class Engine:
         self.decoder = decoder
         self.strict = strict
         graphs, self.missing = make_graphs(gpt, decoder)
-        if "vocoder" in graphs:
-            self.halo = max(receptive_field(graphs["vocoder"]))
+        self.halo = max(receptive_field(graphs["vocoder"])) if "vocoder" in graphs else 0
         self.backend = make_backend(graphs)
         self.plan = self.backend.plan
         if "vocoder" in graphs:

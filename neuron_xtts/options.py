@@ -18,6 +18,9 @@ from neuron_xtts.store import Store
 
 logger = logging.getLogger(__name__)
 
+#: How many voices `patch` remembers unless told otherwise; each takes about 130 KB. A choice of ours.
+VOICES = 16
+
 
 @dataclass(frozen=True)
 class Options:

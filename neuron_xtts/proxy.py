@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,15 @@ class RouteProxy(wrapt.FunctionWrapper):  # type: ignore[type-arg]  # not subscr
 
     It lives in the instance's ``__dict__``, so the class and every other instance stay as they are. A copy or a
     pickle of the module gets the wrapped method instead: what it would have had without a patch.
+
+    Attributes:
+        _self_owner: kept alive.
+        _self_previous: what was in the ``__dict__`` in its place. Held here and not by `Installation`, because bound
+            methods lead back to the module.
     """
+
+    _self_owner: Any = None
+    _self_previous: Any = _ABSENT
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # copy.deepcopy binds the method to the copied module, which is in memo before its __dict__ is copied.
@@ -35,46 +44,53 @@ class RouteProxy(wrapt.FunctionWrapper):  # type: ignore[type-arg]  # not subscr
 
 
 class Installation:
-    """One proxy on one method of one module, and the way back."""
+    """One proxy on one method of one module, and the way back. It does not keep the module alive."""
 
-    def __init__(self, module: nn.Module, method: str, handler: Callable[..., Any]) -> None:
+    def __init__(self, module: nn.Module, method: str, handler: Callable[..., Any], owner: Any = None) -> None:
         """Install the proxy.
 
         Args:
             module: the module whose method is routed.
             method: its name.
             handler: ``handler(wrapped, args, kwargs)``, called instead of the method.
+            owner: kept alive as long as the proxy is.
         """
-        self.module = module
+        self._module = weakref.ref(module)
         self.method = method
         self.enabled = True
-        self.previous = module.__dict__.get(method, _ABSENT)
 
         def wrapper(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return handler(wrapped, args, kwargs) if self.enabled else wrapped(*args, **kwargs)
 
-        self.proxy = RouteProxy(getattr(module, method), wrapper)
+        proxy = RouteProxy(getattr(module, method), wrapper)
+        proxy._self_owner = owner
+        proxy._self_previous = module.__dict__.get(method, _ABSENT)
+        self._proxy = weakref.ref(proxy)
         # Not setattr: nn.Module.__setattr__ looks at types, and a proxy answers for the type it stands for.
-        module.__dict__[method] = self.proxy
+        module.__dict__[method] = proxy
 
-    @property
-    def live(self) -> bool:
-        """Whether a call of the method still arrives here, directly or through a wrapper put on top."""
-        return self.enabled and self.method in self.module.__dict__
+    def is_on(self, *modules: nn.Module) -> bool:
+        """Whether one of ``modules`` has the method, and a call of it arrives here, directly or through a wrapper."""
+        module = self._module()
+        return self.enabled and any(module is other for other in modules) and self.method in vars(module)
 
     def remove(self) -> None:
         """Put back what was there before. Whatever somebody put on top stays, and finds the proxy switched off."""
         self.enabled = False
-        current = self.module.__dict__.get(self.method, _ABSENT)
-        if current is self.proxy:
-            if self.previous is _ABSENT:
-                del self.module.__dict__[self.method]
-            else:
-                self.module.__dict__[self.method] = self.previous
-        elif current is not _ABSENT:
+        module, proxy = self._module(), self._proxy()
+        if module is None:
+            return
+        current = module.__dict__.get(self.method, _ABSENT)
+        if current is _ABSENT:
+            return
+        if current is not proxy:
             logger.warning(
                 "%s.%s was wrapped again after patch(): that wrapper stays, and neuron_xtts underneath it is off. "
                 "Unpatch in the reverse order of patching to have both gone.",
-                type(self.module).__name__,
+                type(module).__name__,
                 self.method,
             )
+        elif proxy._self_previous is _ABSENT:
+            del module.__dict__[self.method]
+        else:
+            module.__dict__[self.method] = proxy._self_previous

@@ -18,8 +18,9 @@ class RouteCounts:
     """What became of the calls of one route.
 
     Attributes:
-        served: calls served by graphs, or by work that graphs had done before.
-        handed_over: those of them that needed no graph, because decoding had already made the latents.
+        served: calls that did not fall back.
+        handed_over: those of them whose result was already there: latents that decoding had made, audio of the same
+            latents, a known voice.
         seconds: time in graphs and around them, fallbacks included.
         fallbacks: calls that coqui-tts served, by reason.
     """
@@ -71,7 +72,7 @@ class Counters:
             self._route(route).served += 1
 
     def count_handed_over(self, route: str) -> None:
-        """Count a served call as one that needed no graph."""
+        """Count a served call as one whose result was already there."""
         with self._lock:
             self._route(route).handed_over += 1
 
@@ -156,7 +157,7 @@ class Report:
     def _tables(self) -> Iterable[Table]:
         if self.routes:
             yield (
-                ("route", "calls", "graphs", "handed over", "fallbacks", "seconds"),
+                ("route", "calls", "computed", "handed over", "fallbacks", "seconds"),
                 [
                     (name, str(r.calls), str(r.served - r.handed_over), str(r.handed_over), str(r.fallbacks.total()),
                      f"{r.seconds:.3f}")

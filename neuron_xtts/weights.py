@@ -24,6 +24,14 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor: type, shape and contents."""
+    data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    digest.update(data.numpy().data)
+    return digest.hexdigest()
+
+
 @dataclass
 class Digester:
     """SHA-256 digests of modules. Tensors that graphs share, as they share the trunk, are read once.
@@ -48,12 +56,8 @@ class Digester:
     def _tensor(self, tensor: Tensor) -> str:
         (key,) = stamp([tensor])
         if key not in self._known:
-            data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-            head = f"{tensor.dtype} {tuple(tensor.shape)} "
-            digest = hashlib.sha256(head.encode())
-            digest.update(data.numpy().data)
-            self.bytes_read += data.numel()
-            self._known[key] = digest.hexdigest()
+            self.bytes_read += tensor.nbytes
+            self._known[key] = tensor_digest(tensor)
         return self._known[key]
 
     def __str__(self) -> str:

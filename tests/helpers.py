@@ -1,6 +1,7 @@
 """What several tests say about a model."""
 
 import copy
+import itertools
 
 import numpy as np
 import torch
@@ -64,3 +65,32 @@ def dicts(model):
 def unpatched_copy(model):
     """A copy to ask what coqui-tts itself does."""
     return copy.deepcopy(model)
+
+
+def failing(original, at, error=None):
+    """``original``, but its call number ``at`` raises."""
+    calls = itertools.count()
+
+    def run(*args, **kwargs):
+        if next(calls) == at:
+            raise error or RuntimeError("the device is gone")
+        return original(*args, **kwargs)
+
+    return run
+
+
+def stream(xtts, voice, text="the band plays an old song.", seed=3, **options):
+    """The chunks of ``Xtts.inference_stream`` with a seed, and the random state they leave behind."""
+    torch.manual_seed(seed)
+    chunks = [chunk.numpy() for chunk in xtts.inference_stream(text, "en", *voice, **options)]
+    return chunks, torch.get_rng_state()
+
+
+def assert_same_chunks(ours, theirs):
+    """As many draws, and the same chunks."""
+    assert torch.equal(ours[1], theirs[1])
+    assert [len(chunk) for chunk in ours[0]] == [len(chunk) for chunk in theirs[0]]
+    for a, b in zip(ours[0], theirs[0], strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+    samples = np.concatenate(theirs[0])  # none at all, if there is less than what chunks overlap
+    assert not len(samples) or np.abs(samples).max() > 1e-4

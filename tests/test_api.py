@@ -194,6 +194,8 @@ ROUTES = [
     "HifiDecoder.forward",
     "HifiDecoder.inference",
     "GPT.get_generator",
+    "Xtts.get_conditioning_latents",
+    "Xtts.get_speaker_embedding",
 ]
 
 
@@ -465,6 +467,8 @@ def test_report(xtts, voice):
         "HifiDecoder.forward": 1,
         "HifiDecoder.inference": 0,
         "GPT.get_generator": 0,
+        "Xtts.get_conditioning_latents": 0,
+        "Xtts.get_speaker_embedding": 0,
     }
     runs = {name: {bucket: counts.runs for bucket, counts in graph.items()} for name, graph in report.graphs.items()}
     # A prefix of 32 + 30 + 2 + 1 positions: the first 128 slots serve positions 65 to 127, the next bucket the rest.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import all_fallbacks, assert_identical, assert_same_speech, fallbacks, speak, stop_after
+from helpers import all_fallbacks, assert_identical, assert_same_speech, failing, fallbacks, speak, stop_after
 from torch import nn
 
 import neuron_xtts
@@ -350,6 +350,9 @@ def test_every_reason_is_tested():
 
 
 OTHER_REASONS = {
+    "a reference that is not a file": "test_what_is_not_remembered",
+    "a reference that is not a tensor": "test_errors_are_coqui_s_own",
+    "arguments that the method does not take": "test_errors_are_coqui_s_own",
     "no prefill graph": "test_no_graphs",
     "no vocoder graph": "test_no_graphs",
     "larger than the largest decode bucket": "test_larger_than_every_bucket",
@@ -359,7 +362,7 @@ OTHER_REASONS = {
     "a stream of several rows": "test_arguments_that_fall_back",
     "ids that do not fit the prefix on the model": "test_states_that_fall_back",
     "a prefix of ": "test_states_that_fall_back",
-    "another call took over the decode graph": "test_one_owner_of_a_state",
+    "another call took over the decode graph": "test_states_that_take_turns",
     "GPT-2 with activation_function='relu'": "test_other_gpt2",
     "a GPT without learned positions": "test_no_learned_positions",
 }
@@ -478,17 +481,6 @@ class BoomError(Exception):
     """A fault that no code of ours knows."""
 
 
-def failing(original, at):
-    calls = iter(range(10**6))
-
-    def run(*args, **kwargs):
-        if next(calls) == at:
-            raise BoomError("the device is gone")
-        return original(*args, **kwargs)
-
-    return run
-
-
 FAULTS = {
     "prefill": (CpuBackend, "run", 0, "GPT.generate"),
     "fill": (HostState, "fill", 0, "GPT.generate"),
@@ -508,7 +500,7 @@ def test_fault_anywhere(xtts, voice, monkeypatch, caplog, fault, plan):
     owner, method, at, route = FAULTS[fault]
     neuron_xtts.patch(xtts, buckets=plan)
     with monkeypatch.context() as patching, caplog.at_level(logging.WARNING, logger="neuron_xtts"):
-        patching.setattr(owner, method, failing(getattr(owner, method), at))
+        patching.setattr(owner, method, failing(getattr(owner, method), at, BoomError("the device is gone")))
         ours = speak(xtts, voice, **options)
     assert_same_speech(ours, theirs)
     assert all_fallbacks(xtts) == {route: {"BoomError: the device is gone": 1}}

@@ -1,8 +1,14 @@
-"""The routes ``HifiDecoder.forward`` and ``.inference``: interpolate on the host, vocode windows of frames, join."""
+"""The routes ``HifiDecoder.forward`` and ``.inference``: interpolate on the host, vocode windows of frames, join.
+
+A stream asks for the audio of all latents so far with every chunk. What an earlier call made of the same frames is not
+made again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,14 +17,104 @@ from torch.nn import functional as F
 
 from neuron_xtts.engine import Engine
 from neuron_xtts.errors import Fallback
+from neuron_xtts.hooks import interference
 from neuron_xtts.target import check_state
+from neuron_xtts.weights import stamp, tensors_of
+
+# A choice of ours: bytes of frames and audio to remember; a stream of 600 codes takes 13 MB.
+_REMEMBERED = 64 * 2**20
+
+Vocode = Callable[[int], Iterable[Tensor]]
+
+
+@dataclass(eq=False)
+class Vocoded:
+    """What a call made: ``audio`` (1, 1, samples) of ``frames`` (1, D, T)."""
+
+    frames: Tensor
+    audio: Tensor
+    speaker: Tensor
+    vocoder: Any
+
+    @property
+    def length(self) -> int:
+        """Of the frames."""
+        return self.frames.shape[2]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.frames.nbytes + self.audio.nbytes
+
+
+class AudioMemo:
+    """The audio of the latest calls, found by the frames it begins with.
+
+    Args:
+        halo: frames to either side that the audio of a frame depends on.
+        size: bytes to keep at most.
+    """
+
+    def __init__(self, halo: int, size: int = _REMEMBERED) -> None:
+        self._halo = halo
+        self._size = size
+        self._entries: deque[Vocoded] = deque()
+
+    def complete(self, frames: Tensor, speaker: Tensor, vocoder: Any, vocode: Vocode) -> tuple[Tensor, bool]:
+        """The audio (1, 1, samples) of ``frames``, and whether all of it was known.
+
+        Args:
+            frames: (1, D, T).
+            speaker: (1, G, 1).
+            vocoder: whatever else the audio depends on.
+            vocode: makes the audio from a frame on, in pieces.
+        """
+        start, known = self._find(frames, speaker, vocoder)
+        if known is not None and start == frames.shape[2]:
+            self._entries.remove(known)
+            self._entries.append(known)
+            return known.audio.clone(), True
+        pieces = [] if known is None else [known.audio[:, :, : start * (known.audio.shape[2] // known.length)]]
+        audio = torch.cat([*pieces, *vocode(start)], dim=2)
+        if known is not None and start >= known.length - 2 * self._halo:  # it goes on: the same stream, a chunk later
+            self._entries.remove(known)
+        # A copy: coqui-tts writes the cross-fade of two chunks into what it is given.
+        self._entries.append(Vocoded(frames, audio.clone(), speaker.clone(), vocoder))
+        while sum(entry.size for entry in self._entries) > self._size:
+            self._entries.popleft()
+        return audio, False
+
+    def _find(self, frames: Tensor, speaker: Tensor, vocoder: Any) -> tuple[int, Vocoded | None]:
+        """How many of ``frames`` sound as in an earlier call, and that call."""
+        best: tuple[int, Vocoded | None] = 0, None
+        for entry in reversed(self._entries):
+            if entry.vocoder != vocoder or not torch.equal(entry.speaker, speaker):
+                continue
+            common = common_length(entry.frames, frames)
+            # Frames before the first that differs sound different if they can see it, or the end in its place.
+            same = common if common == entry.length == frames.shape[2] else common - self._halo
+            if same > best[0]:
+                best = same, entry
+        return best
+
+
+def common_length(a: Tensor, b: Tensor) -> int:
+    """How many frames two sequences (1, D, T) have in common from the start on."""
+    length = min(a.shape[2], b.shape[2])
+    if not torch.equal(a[:, :, :1], b[:, :, :1]):  # nearly always decides
+        return 0
+    differs = (a[:, :, :length] != b[:, :, :length]).any(dim=1)[0]
+    return int(differs.int().argmax()) if differs.any() else length
 
 
 class VocoderRoute:
     """The waveform of latents, as ``HifiDecoder.forward`` and ``.inference`` make it."""
 
+    FORWARD, INFERENCE = "HifiDecoder.forward", "HifiDecoder.inference"
+
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.memo = AudioMemo(engine.halo)
 
     def forward(self, latents: Tensor, g: Tensor | None = None) -> Tensor:
         """Serve ``HifiDecoder.forward``.
@@ -32,14 +128,14 @@ class VocoderRoute:
         """
         if torch.is_grad_enabled():
             raise Fallback("gradients are on")
-        return self.vocode(latents, g)
+        return self.vocode(self.FORWARD, latents, g)
 
     @torch.inference_mode()
     def inference(self, c: Tensor, g: Tensor) -> Tensor:
         """Serve ``HifiDecoder.inference``, which is ``forward`` in inference mode, whatever the caller's."""
-        return self.vocode(c, g)
+        return self.vocode(self.INFERENCE, c, g)
 
-    def vocode(self, latents: Tensor, speaker: Tensor | None) -> Tensor:
+    def vocode(self, route: str, latents: Tensor, speaker: Tensor | None) -> Tensor:
         """Waveform (B, 1, samples) of ``latents`` (B, N, D)."""
         engine = self.engine
         engine.require("vocoder")
@@ -54,36 +150,47 @@ class VocoderRoute:
                 raise Fallback(f"{name} of {tensor.dtype}")
         frames = interpolate(engine.decoder, latents)  # (B, D, T)
         speakers = speaker.expand(latents.shape[0], -1, -1)
-        rows = [
-            torch.cat(list(self._windows(row[None], voice[None])), dim=2)
-            for row, voice in zip(frames, speakers, strict=True)
-        ]
-        audio = torch.cat(rows)
-        if not audio.isfinite().all():
-            raise Fallback("audio that is not finite")
-        return audio
+        rows = [self._row(row[None], voice[None]) for row, voice in zip(frames, speakers, strict=True)]
+        if all(known for _, known in rows):
+            engine.counters.count_handed_over(route)
+        return torch.cat([audio for audio, _ in rows]) if len(rows) > 1 else rows[0][0]
 
-    def _windows(self, frames: Tensor, speaker: Tensor) -> Iterator[Tensor]:
-        """Audio (1, 1, samples) of ``frames`` (1, D, T), window by window."""
+    def _row(self, frames: Tensor, speaker: Tensor) -> tuple[Tensor, bool]:
+        """Audio (1, 1, samples) of ``frames`` (1, D, T), and whether all of it was known."""
+        generator = self.engine.decoder.waveform_decoder
+        modules = list(generator.modules())
+
+        def vocode(start: int) -> Iterator[Tensor]:
+            for audio in self._windows(frames, speaker, start):
+                if not audio.isfinite().all():
+                    raise Fallback("audio that is not finite")
+                yield audio
+
+        if interference(modules):  # of somebody whose code is called on the host, and may do anything
+            return torch.cat(list(vocode(0)), dim=2), False
+        vocoder = (tuple(map(id, modules)), stamp(tensors_of(generator)))
+        return self.memo.complete(frames, speaker, vocoder, vocode)
+
+    def _windows(self, frames: Tensor, speaker: Tensor, start: int) -> Iterator[Tensor]:
+        """Audio (1, 1, samples) of ``frames`` (1, D, T) from ``start`` on, window by window.
+
+        A window has a halo where it does not begin or end with the audio itself.
+        """
         engine, total = self.engine, frames.shape[2]
         sizes = engine.buckets.sizes("vocoder")
-        if sizes is None:
-            yield engine.run("vocoder", (total,), total, frames, speaker, None)[0]
-            return
-        whole = next((size for size in sizes if size >= total), None)
-        start = 0
         while start < total:
-            # The last window may be a smaller one.
-            fitting = (size for size in sizes if size - 2 * engine.halo >= total - start)
-            size, halo = (whole, 0) if whole else (next(fitting, sizes[-1]), engine.halo)
-            end = min(start + size - 2 * halo, total)
-            first, last = max(start - halo, 0), min(start + size - halo, total)
-            pad = (first - (start - halo), start + size - halo - last)
-            mask = F.pad(frames.new_ones(1, 1, last - first), pad)
-            window = F.pad(frames[:, :, first:last], pad)
+            first = max(start - engine.halo, 0)
+            size = total - first
+            if sizes is not None:
+                size = next((held for held in sizes if held >= size), sizes[-1])
+            last = min(first + size, total)
+            end = last if last == total else last - engine.halo
+            padding = (0, first + size - last)
+            window = F.pad(frames[:, :, first:last], padding)
+            mask = None if sizes is None else F.pad(frames.new_ones(1, 1, last - first), padding)
             (audio,) = engine.run("vocoder", (size,), end - start, window, speaker, mask)
             hop = audio.shape[2] // size
-            yield audio[:, :, halo * hop : (halo + end - start) * hop]
+            yield audio[:, :, (start - first) * hop : (end - first) * hop]
             start = end
 
 
