@@ -11,7 +11,7 @@ import neuron_double
 import numpy as np
 import pytest
 import torch
-from helpers import all_fallbacks, assert_identical, assert_same_speech, fallbacks, speak, unpatched_copy
+from helpers import all_fallbacks, assert_identical, assert_same_speech, failing, fallbacks, speak, unpatched_copy
 
 import neuron_xtts
 from neuron_xtts import BucketPlan, demo
@@ -98,15 +98,28 @@ def test_a_stream(xtts, voice, patch):
 
 
 def test_two_streams_on_one_decode_graph(xtts, voice, patch):
-    """The one that is overtaken goes on with coqui-tts's generator: both are what they would be alone."""
+    """The cache of the one that is overtaken waits on the host: both are what they would be alone."""
     texts = ("one.", "another one.")
     alone = [list(chunks_of(xtts, voice, text)) for text in texts]
-    patch(xtts)
+    patch(xtts, strict=True)
     together = list(zip(*(chunks_of(xtts, voice, text) for text in texts), strict=True))
     for ours, theirs in zip(zip(*together, strict=True), alone, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
-    assert fallbacks(xtts, "GPT.get_generator") == {"another call took over the decode graph": 1}
+    assert neuron_xtts.report(xtts).routes["GPT.get_generator"].served == 2
+
+
+def test_abandoned_streams(xtts, voice, patch):
+    """Each leaves the decode graph to the next, at once."""
+    patch(xtts, strict=True)
+    graph = backend_of(xtts)._loaded["decode", (1, 80)]
+    for _ in range(20):
+        chunks = chunks_of(xtts, voice)
+        next(chunks)
+        assert graph.owner is not None
+        chunks.close()
+        assert graph.owner is None
+    assert neuron_xtts.report(xtts).routes["GPT.get_generator"].served == 20
 
 
 def test_the_latents_graph(xtts, voice, patch):
@@ -392,27 +405,41 @@ def test_a_store_that_cannot_be_written(xtts, patch, spoiled, monkeypatch, caplo
 
 
 def backend_of(xtts):
-    from neuron_xtts.api import _patches
+    from neuron_xtts.api import find_patch
 
-    return _patches[xtts].engine.backend
+    return find_patch(xtts).engine.backend
 
 
-def test_one_owner_of_a_state(xtts, patch):
-    """Two that decode on one graph: the later one has it, the earlier is told so."""
+def test_states_that_take_turns(xtts, patch, monkeypatch):
+    """On one graph: the earlier one's cache moves to the host and back. If that fails, it is told so."""
     patch(xtts)
     backend = backend_of(xtts)
-    embeds = torch.randn(1, 1, 64)
-    mask = torch.full((1, 1, 1, 80), MASKED)
-    mask[..., 0] = 0
-    inputs = (embeds, torch.zeros(1, dtype=torch.int32), mask)
-    first = backend.new_state(1, 80)
-    first.step(*inputs)
-    second = backend.new_state(1, 80)
-    second.step(*inputs)
-    with pytest.raises(Fallback, match="another call took over the decode graph"):
-        first.step(*inputs)
+    inputs = [torch.randn(1, 1, 64) for _ in range(6)]
+
+    def run(state, position):
+        mask = torch.full((1, 1, 1, 80), MASKED)
+        mask[..., : position + 1] = 0
+        return state.step(inputs[position], torch.tensor([position], dtype=torch.int32), mask)[0]
+
+    alone = backend.new_state(1, 80)
+    expected = [run(alone, position) for position in range(6)]
+    states = [backend.new_state(1, 80) for _ in range(2)]
+    for position in range(5):
+        for state in states:
+            torch.testing.assert_close(run(state, position), expected[position], rtol=0, atol=1e-6)
+    first, second = states
+    del alone, states, state
+    graph = backend._loaded["decode", (1, 80)]
     with pytest.raises(RuntimeError, match="rows are filled before the first step"):
         second.fill(0, [], 0)
+    monkeypatch.setattr(graph, "read", failing(graph.read, 0))
+    torch.testing.assert_close(run(first, 5), expected[5], rtol=0, atol=1e-6)
+    with pytest.raises(Fallback, match="another call took over the decode graph"):
+        run(second, 5)
+    last = backend.new_state(1, 80)
+    run(last, 0)
+    del last
+    assert graph.owner is None  # nothing is copied to the host for a state that nobody needs
 
 
 def test_shapes_are_checked_before_the_device_sees_them(xtts, patch):

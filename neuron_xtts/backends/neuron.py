@@ -6,6 +6,7 @@ import datetime
 import logging
 import re
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -130,7 +131,7 @@ class NeuronBackend:
         return outputs
 
     def new_state(self, rows: int, positions: int) -> NeuronState:
-        """See `Backend.new_state`. It takes the state of the loaded graph over from whoever used it before."""
+        """See `Backend.new_state`. Several may be in use: what a graph holds of one moves to the host for another."""
         return NeuronState(self, self._loaded, (rows, positions))
 
 
@@ -144,7 +145,6 @@ class LoadedGraph:
 
     Attributes:
         states: its state on the device, in the order of the recipe's outputs.
-        owner: whoever put into the state what is there.
         errors: how many calls failed since the last that did not.
     """
 
@@ -153,7 +153,7 @@ class LoadedGraph:
 
         self.recipe = recipe
         self.states: list[Tensor] = []
-        self.owner: object = None
+        self._owner: weakref.ref[NeuronState] | None = None
         self.errors = 0
         self._lock = threading.Lock()
         self._expected = [(dtype, shape) for _, dtype, shape in recipe.inputs]
@@ -190,6 +190,22 @@ class LoadedGraph:
         with self._lock:
             return [state.detach().cpu() for state in self.states]
 
+    @property
+    def owner(self) -> NeuronState | None:
+        """Whose state is on the device; None once nobody needs it any more."""
+        return None if self._owner is None else self._owner()
+
+    def take_over(self, owner: NeuronState) -> None:
+        """Make way for another's state."""
+        last = self.owner
+        if last is not None and last is not owner:
+            try:
+                last.leave()
+            except Exception:
+                # Its next step says so. Whoever comes now need not suffer for it.
+                logger.warning("a decode state could not be moved to the host", exc_info=True)
+        self._owner = weakref.ref(owner)
+
     def warm_up(self, graph: Any) -> None:
         """One call, so that the first real one does not pay for what the runtime sets up."""
         self(*graph.example(*self.recipe.bucket).values())
@@ -217,7 +233,8 @@ def verify(
 class NeuronState:
     """The state of a loaded decode graph while one call decodes; see `DecodeState`.
 
-    Prefill's keys and values are gathered on the host, and written whole before the first step.
+    It is on the host before the first step, where prefill's keys and values are gathered, and whenever another call
+    decodes on the same graph; else on the device. It moves whole.
     """
 
     def __init__(
@@ -225,17 +242,20 @@ class NeuronState:
     ) -> None:
         self._backend = backend
         self._loaded = loaded
-        self._take(bucket)
+        self._length = 0  # positions written so far
+        self._enter(bucket)
 
-    def _take(self, bucket: Bucket) -> None:
-        """Become the owner of the graph of a bucket, with an empty cache."""
+    def _enter(self, bucket: Bucket) -> None:
+        """Go on in a bucket, with an empty cache on the host."""
         self._bucket = bucket
         self._graph = self._loaded["decode", bucket]
-        self._graph.owner = self
+        self._on_host: Tensor | None = self._empty()
+
+    def _empty(self) -> Tensor:
         decode: Decode = self._backend.graphs["decode"]
-        shape = (self._graph.recipe.states, *decode.cache_shape(*bucket))
+        shape = (self._graph.recipe.states, *decode.cache_shape(*self._bucket))
         # Zeros: what a slot holds must be finite, and the operating system hands out their memory as it is written.
-        self._pending: Tensor | None = torch.zeros(shape, dtype=decode.head.weight.dtype)
+        return torch.zeros(shape, dtype=decode.head.weight.dtype)
 
     @property
     def positions(self) -> int:
@@ -244,26 +264,27 @@ class NeuronState:
 
     def fill(self, row: int, keys_and_values: Sequence[Tensor], length: int) -> None:
         """See `DecodeState.fill`."""
-        if self._pending is None:
+        if self._on_host is None:
             raise RuntimeError("rows are filled before the first step")
-        for slots, tensor in zip(self._pending[:, row], keys_and_values, strict=True):
+        self._length = max(self._length, length)
+        for slots, tensor in zip(self._on_host[:, row], keys_and_values, strict=True):
             slots[:, :length] = tensor[0, :, :length].cpu()
 
     def grow(self, positions: int) -> None:
         """See `DecodeState.grow`."""
-        contents, length = self._read(), self.positions
-        self._take((self._bucket[0], positions))
-        assert self._pending is not None
-        for slots, tensor in zip(self._pending, contents, strict=True):
-            slots[:, :, :length] = tensor
+        contents = self._read()
+        self._enter((self._bucket[0], positions))
+        self._copy_to_host(contents)
 
     def step(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """See `DecodeState.step`."""
+        if self._on_host is not None:
+            self._graph.take_over(self)
+            self._graph.write(list(self._on_host))
+            self._on_host = None
         self._check_owner()
-        if self._pending is not None:
-            self._graph.write(list(self._pending))
-            self._pending = None
         latents, logits, *_ = self._backend.call("decode", self._bucket, embeds, positions, mask)
+        self._length = max(self._length, int(positions.max()) + 1)
         return latents, logits
 
     def prefix(self, row: int, length: int) -> list[tuple[Tensor, Tensor]]:
@@ -272,9 +293,22 @@ class NeuronState:
         blocks = len(rows) // 2
         return list(zip(rows[:blocks], rows[blocks:], strict=True))
 
+    def leave(self) -> None:
+        """Make way for another call: move to the host."""
+        contents = self._graph.read()
+        self._on_host = self._empty()
+        self._copy_to_host(contents)
+
+    def _copy_to_host(self, contents: Sequence[Tensor]) -> None:
+        assert self._on_host is not None
+        for slots, tensor in zip(self._on_host, contents, strict=True):
+            slots[:, :, : self._length] = tensor[:, :, : self._length]
+
     def _read(self) -> list[Tensor]:
+        if self._on_host is not None:
+            return list(self._on_host)
         self._check_owner()
-        return list(self._pending) if self._pending is not None else self._graph.read()
+        return self._graph.read()
 
     def _check_owner(self) -> None:
         if self._graph.owner is not self:
