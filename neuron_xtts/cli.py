@@ -90,6 +90,24 @@ def _parser() -> argparse.ArgumentParser:
     compiling.add_argument("--jobs", type=_positive, help="graphs at a time (default: what memory allows)")
     compiling.add_argument("--timeout", type=float, metavar="SECONDS", help="for one graph (default: an hour)")
 
+    bench = commands.add_parser(
+        "bench",
+        parents=[model, neuron],
+        help="measure, patched against unpatched",
+        description="Measure patched against unpatched coqui-tts, in turns, in one process. stream: time to first "
+        "audio and time per chunk of inference_stream, with a known voice. Full size takes half an hour on two cores.",
+    )
+    bench.set_defaults(run=_bench)
+    bench.add_argument("what", choices=("stream",))
+    bench.add_argument(
+        "--codes", type=_positive, nargs="+", default=[100, 300, 600], help="of each stream (default: 100 300 600)"
+    )
+    bench.add_argument("--chunk", type=_positive, default=20, help="codes per chunk (default: %(default)s)")
+    bench.add_argument("--rounds", type=_positive, default=3, help="(default: %(default)s)")
+    bench.add_argument("--backend", default="auto", help="auto, cpu, neuron or neuron:N (default: %(default)s)")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write all samples and medians")
+    bench.add_argument("--png", type=Path, metavar="FILE", help="draw the time per chunk")
+
     graphs = commands.add_parser(
         "graphs",
         parents=[model, plan],
@@ -169,12 +187,40 @@ def _demo(arguments: argparse.Namespace) -> int:
             language=arguments.language,
             codes=arguments.codes,
             seed=arguments.seed,
-            backend=arguments.backend,
-            precision=_precision(arguments),
-            buckets=_plan(arguments) if arguments.sizes else None,
-            store=arguments.store,
+            **_patch_options(arguments),
         )
     )
+    return 0
+
+
+def _patch_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "backend": arguments.backend,
+        "precision": _precision(arguments),
+        "buckets": _plan(arguments) if arguments.sizes else None,
+        "store": arguments.store,
+    }
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    import transformers
+
+    from neuron_xtts import benchmark
+
+    transformers.logging.set_verbosity_error()
+    results = benchmark.bench_stream(
+        lengths=arguments.codes,
+        size=arguments.chunk,
+        rounds=arguments.rounds,
+        small=arguments.small,
+        checkpoint=arguments.checkpoint,
+        options=_patch_options(arguments),
+    )
+    print(results)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results.to_dict(), indent=2) + "\n")
+    if arguments.png:
+        results.draw(arguments.png)
     return 0
 
 

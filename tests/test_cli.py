@@ -1,5 +1,6 @@
 """The command, as users run it."""
 
+import json
 import subprocess
 import sys
 import wave
@@ -84,6 +85,29 @@ def test_wrong_arguments(arguments, capsys):
         main(arguments)
     assert error.value.code == 2
     assert "usage: neuron-xtts" in capsys.readouterr().err
+
+
+def test_bench_stream(tmp_path, capsys):
+    """Table, samples and picture of the same figures."""
+    files = tmp_path / "stream.json", tmp_path / "stream.png"
+    command = ["bench", "stream", "--small", "--rounds", "2", "--codes", "30", "50", "--chunk", "10"]
+    assert main([*command, "--json", str(files[0]), "--png", str(files[1])]) == 0
+    out = capsys.readouterr().out
+    results = json.loads(files[0].read_text())
+    for codes in ("30", "50"):
+        whole = int(int(codes) * 4 * 24000 / 22050)
+        chunks = int(codes) // 10 + 1
+        for variant in ("coqui-tts", "neuron_xtts"):
+            samples = results["samples"][codes][variant]
+            assert [len(sample["chunks"]) for sample in samples] == [chunks] * 2
+            asked = sum(int(10 * i * 4 * 24000 / 22050) for i in range(1, chunks)) + whole
+            assert {sample["frames"] for sample in samples} == {asked}
+            totals = sorted(sum(sample["chunks"]) for sample in samples)
+            assert results["medians"][codes][variant]["whole stream"] == pytest.approx(sum(totals) / 2)
+            assert f"{results['medians'][codes][variant]['TTFA']:.3f} s" in out
+        assert whole <= results["worked"][codes] <= whole + 40 * chunks
+    assert torch.__version__.startswith(results["machine"]["torch"])
+    assert files[1].read_bytes().startswith(b"\x89PNG")
 
 
 def test_version(capsys):

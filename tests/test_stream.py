@@ -3,12 +3,27 @@
 import copy
 import gc
 import io
+import os
+import re
+import shutil
+import wave
 import weakref
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import all_fallbacks, assert_same_speech, fallbacks, speak, stop_after
+from helpers import (
+    all_fallbacks,
+    assert_same_chunks,
+    assert_same_speech,
+    failing,
+    fallbacks,
+    speak,
+    stop_after,
+    stream,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_parity import PLANS
@@ -22,22 +37,6 @@ from neuron_xtts.hooks import is_hooked, without_recorders
 from neuron_xtts.lowering import traceable
 
 TEXT = "the band plays an old song."
-
-
-def stream(xtts, voice, text=TEXT, seed=3, **options):
-    """Chunks, and the random state they leave behind."""
-    torch.manual_seed(seed)
-    chunks = [chunk.numpy() for chunk in xtts.inference_stream(text, "en", *voice, **options)]
-    return chunks, torch.get_rng_state()
-
-
-def assert_same_chunks(ours, theirs):
-    assert torch.equal(ours[1], theirs[1])
-    assert [len(chunk) for chunk in ours[0]] == [len(chunk) for chunk in theirs[0]]
-    for a, b in zip(ours[0], theirs[0], strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
-    samples = np.concatenate(theirs[0])  # none at all, if there is less than what chunks overlap
-    assert not len(samples) or np.abs(samples).max() > 1e-4
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -88,17 +87,6 @@ def test_any_stream(models, voice, seed, size, overlap, codes, speed, split, sam
         assert ours == theirs
     else:
         assert_same_chunks(ours, theirs)
-
-
-def failing(original, at):
-    calls = iter(range(10**6))
-
-    def run(*args, **kwargs):
-        if next(calls) == at:
-            raise RuntimeError("the device is gone")
-        return original(*args, **kwargs)
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -201,6 +189,61 @@ def test_an_abandoned_stream_frees_its_state(xtts, voice, monkeypatch):
         assert states[-1]() is None  # at once, not when somebody collects garbage
     gc.collect()
     assert neuron_xtts.report(xtts).routes["GPT.get_generator"].served == 3
+
+
+def resident():
+    """Bytes of memory this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def test_a_thousand_abandoned_streams(xtts, voice):
+    """Texts and voices of their own, each given up after its first chunk: nothing piles up."""
+    neuron_xtts.patch(xtts, strict=True)
+    held = {}
+    for i in range(1001):
+        if i in (200, 1000):
+            gc.collect()
+            held[i] = resident()
+        torch.manual_seed(i)
+        chunks = xtts.inference_stream("a" * (1 + i % 9), "en", *voice, stream_chunk_size=2, max_new_tokens=50)
+        next(chunks)
+        del chunks
+    assert held[1000] - held[200] < 8 * 2**20
+    assert not [state for state in gc.get_objects() if type(state) is HostState]
+    assert neuron_xtts.report(xtts).routes["GPT.get_generator"].served == 1001
+
+
+@pytest.mark.skipif(not shutil.which("ffplay"), reason="ffplay is not installed")
+def test_the_recipes(tts, reference, tmp_path, monkeypatch):
+    """The code of docs/streaming.md, as it stands there; the first block loads weights that are not to be had here."""
+    page = Path(__file__).parents[1] / "docs" / "streaming.md"
+    _, play, write, stop = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SDL_AUDIODRIVER", "dummy")
+    xtts = tts.synthesizer.tts_model
+    stop_after(xtts, None)
+    voice = xtts.get_conditioning_latents(str(reference))
+    neuron_xtts.patch(tts, strict=True)
+    monkeypatch.setattr(xtts, "inference_stream", partial(xtts.inference_stream, max_new_tokens=50))
+    names = {"xtts": xtts, "voice": voice}
+    exec(play, names)
+    assert names["player"].returncode == 0
+    lengths = []
+    original = wave.Wave_write.writeframes
+
+    def writeframes(self, data):
+        original(self, data)
+        with wave.open("speech.wav") as file:  # what a reader finds meanwhile
+            lengths.append(len(file.readframes(10**9)) // 2)
+
+    monkeypatch.setattr(wave.Wave_write, "writeframes", writeframes)
+    exec(write, names)
+    assert lengths == sorted(lengths)
+    assert len(lengths) == 3
+    assert lengths[-1] > 50 * 1024
+    exec(stop, names)
+    assert 24000 < names["spoken"] < 50 * 1024
+    assert neuron_xtts.report(tts).routes["GPT.get_generator"].served == 3
 
 
 def test_hooks_that_transformers_leaves(xtts, voice):

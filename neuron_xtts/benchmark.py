@@ -1,0 +1,218 @@
+"""Benchmarks: patched against unpatched coqui-tts, in turns, in one process.
+
+Whatever else the machine does at a moment hits neighbouring measurements alike, so ratios of medians of interleaved
+rounds mean something on a noisy machine where seconds alone do not.
+"""
+
+from __future__ import annotations
+
+import itertools
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import neuron_xtts
+from neuron_xtts.demo import SAMPLE_RATE, SENTENCES, load_or_make, write_reference
+from neuron_xtts.proxy import Installation
+from neuron_xtts.report import table
+
+VARIANTS = ("coqui-tts", "neuron_xtts")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    packages = ("torch", "coqui-tts", "transformers", "neuron-xtts")
+    names = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.partition(":")[2].strip() for line in names if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+@dataclass
+class Stream:
+    """One stream.
+
+    Attributes:
+        chunks: seconds from one chunk to the next; of the first, from the call: the TTFA.
+        vocoder: seconds of them in the vocoder.
+        frames: vocoder frames that were asked for, all calls together.
+        samples: of audio, at 24 kHz.
+    """
+
+    chunks: list[float] = field(default_factory=list)
+    vocoder: float = 0.0
+    frames: int = 0
+    samples: int = 0
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole stream."""
+        return sum(self.chunks)
+
+
+def stream(xtts: Any, voice: Sequence[Any], *, codes: int, size: int) -> Stream:
+    """Time a stream of ``codes`` codes with chunks of ``size``, patched or not."""
+    result = Stream()
+
+    def vocode(wrapped: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        start = time.perf_counter()
+        audio = wrapped(*args, **kwargs)
+        result.vocoder += time.perf_counter() - start
+        result.frames += audio.shape[-1] // xtts.hifigan_decoder.output_hop_length
+        return audio
+
+    torch.manual_seed(1)
+    installation = Installation(xtts.hifigan_decoder, "forward", vocode)
+    try:
+        last = time.perf_counter()
+        for chunk in xtts.inference_stream(
+            SENTENCES[0], "en", *voice, stream_chunk_size=size, min_new_tokens=codes, max_new_tokens=codes
+        ):
+            now = time.perf_counter()
+            result.chunks.append(now - last)
+            result.samples += len(chunk)
+            last = now
+    finally:
+        installation.remove()
+    return result
+
+
+@dataclass
+class StreamResults:
+    """Streams of several lengths, patched and unpatched.
+
+    Attributes:
+        machine: see `machine`.
+        size: codes per chunk.
+        samples: the streams by number of codes and variant, one a round.
+        worked: vocoder frames that graphs computed, halo and padding included, by number of codes.
+    """
+
+    machine: dict[str, Any]
+    size: int
+    samples: dict[int, dict[str, list[Stream]]]
+    worked: dict[int, int]
+
+    def chunks(self, codes: int, variant: str) -> list[float]:
+        """Median seconds of each chunk."""
+        taken = (sample.chunks for sample in self.samples[codes][variant])
+        return [statistics.median(times) for times in zip(*taken, strict=True)]
+
+    def figures(self, codes: int, variant: str) -> dict[str, float]:
+        """Medians over the rounds, in seconds."""
+        taken, chunks = self.samples[codes][variant], self.chunks(codes, variant)
+        last = max(codes // self.size - 1, 0)  # after it comes one with what is left: no code, or fewer than `size`
+        total = statistics.median(sample.total for sample in taken)
+        return {
+            "TTFA": chunks[0],
+            "second chunk": chunks[min(1, last)],
+            "last whole chunk": chunks[last],
+            "whole stream": total,
+            "vocoder": statistics.median(sample.vocoder for sample in taken),
+            "RTF": total * SAMPLE_RATE / taken[0].samples,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain data."""
+        medians = {codes: {variant: self.figures(codes, variant) for variant in VARIANTS} for codes in self.samples}
+        return asdict(self) | {"medians": medians}
+
+    def __str__(self) -> str:
+        return "\n\n".join(self._table(codes) for codes in self.samples)
+
+    def _table(self, codes: int) -> str:
+        plain, patched = (self.figures(codes, variant) for variant in VARIANTS)
+        rows: list[tuple[str, ...]] = []
+        for name, seconds in plain.items():
+            unit = "" if name == "RTF" else " s"
+            ratio = f"{seconds / patched[name]:.2f}x"
+            rows.append((name, f"{seconds:.3f}{unit}", f"{patched[name]:.3f}{unit}", ratio))
+        growth = [figures["last whole chunk"] / figures["second chunk"] for figures in (plain, patched)]
+        rows.append(("last / second chunk", *(f"{ratio:.2f}" for ratio in growth), ""))
+        frames = self.samples[codes]["coqui-tts"][0].frames
+        worked = self.worked[codes]
+        rows.append(("vocoder frames", str(frames), str(worked), f"{frames / worked:.1f}x" if worked else ""))
+        seconds = self.samples[codes]["coqui-tts"][0].samples / SAMPLE_RATE
+        header = f"{codes} codes, {seconds:.2f} s of audio, chunks of {self.size} codes"
+        return table((header, *VARIANTS, ""), rows)
+
+    def draw(self, path: Path) -> None:
+        """Write a PNG of the seconds per chunk."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(4.5 * len(self.samples), 3.6), layout="constrained")
+        for axes, codes in zip(figure.subplots(1, len(self.samples), squeeze=False)[0], self.samples, strict=True):
+            for variant in VARIANTS:
+                chunks = self.chunks(codes, variant)
+                axes.plot(range(1, len(chunks) + 1), chunks, marker="o", markersize=3, label=variant)
+            axes.set(title=f"{codes} codes", xlabel="chunk", ylabel="seconds", ylim=(0, None))
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.grid(alpha=0.3)
+            axes.legend()
+        figure.suptitle(f"Time per chunk of {self.size} codes, median; {self.machine['cpu']}")
+        figure.savefig(path, dpi=120)
+
+
+def bench_stream(
+    *,
+    lengths: Sequence[int] = (100, 300, 600),
+    size: int = 20,
+    rounds: int = 3,
+    small: bool = False,
+    checkpoint: Path | None = None,
+    options: Mapping[str, Any],
+) -> StreamResults:
+    """Time streams with a known voice, patched and unpatched.
+
+    Every round streams each length once in each variant, in alternating order, and patches anew, so that nothing is
+    known of the round before.
+
+    Args:
+        lengths: of the streams, in codes.
+        size: codes per chunk.
+        rounds: how many.
+        small: as for `demo.run`.
+        checkpoint: as for `demo.run`.
+        options: of `neuron_xtts.patch`.
+    """
+    xtts, voice = prepare(checkpoint, small)
+    results = StreamResults(machine(), size, {codes: {name: [] for name in VARIANTS} for codes in lengths}, {})
+    with tqdm(total=rounds * len(lengths) * len(VARIANTS), desc="streams", unit="stream") as bar:
+        for round_, codes in itertools.product(range(rounds), lengths):
+            for variant in VARIANTS[:: 1 if round_ % 2 else -1]:
+                if variant == "neuron_xtts":
+                    neuron_xtts.patch(xtts, **options)
+                stream(xtts, voice, codes=2, size=1)  # what torch, coqui-tts or a device set up once
+                before = vocoded(xtts)
+                results.samples[codes][variant].append(stream(xtts, voice, codes=codes, size=size))
+                if variant == "neuron_xtts":
+                    results.worked[codes] = vocoded(xtts) - before
+                neuron_xtts.unpatch(xtts)
+                bar.update()
+    return results
+
+
+def vocoded(xtts: Any) -> int:
+    """Vocoder frames that graphs computed so far, halo and padding included."""
+    return sum(counts.padded for counts in neuron_xtts.report(xtts).graphs.get("vocoder", {}).values())
+
+
+def prepare(checkpoint: Path | None, small: bool) -> tuple[Any, Any]:
+    """An ``Xtts`` and a voice."""
+    xtts = load_or_make(checkpoint, small).synthesizer.tts_model
+    with tempfile.TemporaryDirectory() as folder:
+        write_reference(Path(folder) / "reference.wav")
+        return xtts, xtts.get_conditioning_latents(str(Path(folder) / "reference.wav"))
