@@ -211,10 +211,11 @@ def test_what_is_not_remembered(xtts, plain, recording):
     hook = xtts.hifigan_decoder.speaker_encoder.register_forward_hook(lambda *_: None)
     assert_same_voice(xtts.get_conditioning_latents(recording), theirs)
     hook.remove()
-    xtts.hifigan_decoder.speaker_encoder.train()
-    plain.hifigan_decoder.speaker_encoder.train()
+    for model in (xtts, plain):
+        model.hifigan_decoder.speaker_encoder.train()
     assert_same_voice(xtts.get_conditioning_latents(recording), plain.get_conditioning_latents(recording))
-    xtts.hifigan_decoder.speaker_encoder.eval()
+    for model in (xtts, plain):
+        model.hifigan_decoder.speaker_encoder.eval()
     with torch.autocast("cpu"):
         ours, autocast = (model.get_speaker_embedding(torch.ones(1, 9000), 16000) for model in (xtts, plain))
     assert torch.equal(ours, autocast)
