@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from neuron_xtts.backends.cpu import linear
+from neuron_xtts.backends.converted import split_linear
 from neuron_xtts.report import table
 
 CHANNELS, BLOCKS = 1024, 30
@@ -36,7 +36,7 @@ def main() -> None:
 
     variants: dict[str, Callable[[Conv1D, torch.Tensor], torch.Tensor]] = {
         "transformers": lambda module, x: module(x),
-        "split": linear,
+        "split": split_linear,
         "read": read,
     }
     rows = []

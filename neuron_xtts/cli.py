@@ -94,19 +94,25 @@ def _parser() -> argparse.ArgumentParser:
         "bench",
         parents=[model, neuron],
         help="measure, patched against unpatched",
-        description="Measure patched against unpatched coqui-tts, in turns, in one process. stream: time to first "
-        "audio and time per chunk of inference_stream, with a known voice. Full size takes half an hour on two cores.",
+        description="Measure patched against unpatched coqui-tts, in turns, in one process, with a known voice. "
+        "sentence: seconds by stage in every precision, accuracy, memory. stream: time to first audio and time per "
+        "chunk. Full size takes half an hour on two cores.",
     )
     bench.set_defaults(run=_bench)
-    bench.add_argument("what", choices=("stream",))
     bench.add_argument(
-        "--codes", type=_positive, nargs="+", default=[100, 300, 600], help="of each stream (default: 100 300 600)"
+        "what", choices=("sentence", "stream"), nargs="?", default="sentence", help="(default: sentence)"
     )
-    bench.add_argument("--chunk", type=_positive, default=20, help="codes per chunk (default: %(default)s)")
+    bench.add_argument(
+        "--codes", type=_positive, nargs="+", help="of each sentence or stream (default: 50 100 200 400; 100 300 600)"
+    )
+    bench.add_argument("--chunk", type=_positive, default=20, help="codes per chunk of a stream (default: %(default)s)")
+    bench.add_argument(
+        "--precisions", nargs="+", metavar="NAME", help="of sentences (default: all that the backend has)"
+    )
     bench.add_argument("--rounds", type=_positive, default=3, help="(default: %(default)s)")
     bench.add_argument("--backend", default="auto", help="auto, cpu, neuron or neuron:N (default: %(default)s)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write all samples and medians")
-    bench.add_argument("--png", type=Path, metavar="FILE", help="draw the time per chunk")
+    bench.add_argument("--png", type=Path, metavar="FILE", help="draw the RTF, or the time per chunk")
 
     graphs = commands.add_parser(
         "graphs",
@@ -205,17 +211,28 @@ def _patch_options(arguments: argparse.Namespace) -> dict[str, Any]:
 def _bench(arguments: argparse.Namespace) -> int:
     import transformers
 
-    from neuron_xtts import benchmark
+    from neuron_xtts.benchmarks.sentence import SentenceResults, bench_sentence
+    from neuron_xtts.benchmarks.stream import StreamResults, bench_stream
+    from neuron_xtts.options import Options
+    from neuron_xtts.precision import HOST_PRECISIONS, NEURON_PRECISIONS
 
     transformers.logging.set_verbosity_error()
-    results = benchmark.bench_stream(
-        lengths=arguments.codes,
-        size=arguments.chunk,
-        rounds=arguments.rounds,
-        small=arguments.small,
-        checkpoint=arguments.checkpoint,
-        options=_patch_options(arguments),
-    )
+    options = _patch_options(arguments)
+    common: dict[str, Any] = {
+        "rounds": arguments.rounds,
+        "small": arguments.small,
+        "checkpoint": arguments.checkpoint,
+    }
+    results: SentenceResults | StreamResults
+    if arguments.what == "stream":
+        lengths = arguments.codes or (100, 300, 600)
+        results = bench_stream(lengths=lengths, size=arguments.chunk, options=options, **common)
+    else:
+        on_host = Options.make(**options, to_run=True).neuron is None
+        precisions = arguments.precisions or (HOST_PRECISIONS if on_host else NEURON_PRECISIONS)
+        del options["precision"]
+        lengths = arguments.codes or (50, 100, 200, 400)
+        results = bench_sentence(lengths=lengths, precisions=precisions, memory=on_host, options=options, **common)
     print(results)
     if arguments.json:
         arguments.json.write_text(json.dumps(results.to_dict(), indent=2) + "\n")

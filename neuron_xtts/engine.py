@@ -223,6 +223,7 @@ class Engine:
             routes=route_counts,
             graphs=graph_counts,
             missing=self.missing | buckets,
+            copied=self.backend.copied,
             gone=gone,
         )
 

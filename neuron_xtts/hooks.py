@@ -21,20 +21,12 @@ def is_hooked(module: nn.Module) -> bool:
     return any(not _records(hook) for hook in hooks)
 
 
-def interference(modules: Collection[nn.Module]) -> str | None:
-    """In what way calling ``modules`` calls code of somebody else, if it does."""
-    if any(is_hooked(module) for module in modules):
-        return "forward hooks"
-    if any("forward" in vars(module) for module in modules):
-        return "a forward method that somebody replaced"
-    return None
-
-
 def check_unhooked(modules: Collection[nn.Module]) -> None:
     """Raise `Fallback` if calling one of ``modules`` calls code of somebody else."""
-    reason = interference(modules)
-    if reason:
-        raise Fallback(reason)
+    if any(is_hooked(module) for module in modules):
+        raise Fallback("forward hooks")
+    if any("forward" in vars(module) for module in modules):
+        raise Fallback("a forward method that somebody replaced")
 
 
 def without_recorders(module: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from neuron_xtts.backends import Backend
 from neuron_xtts.buckets import BucketPlan
 from neuron_xtts.device import TARGET_VARIABLE, TARGETS, Neuron, find_neuron
 from neuron_xtts.errors import NeuronMissingError
-from neuron_xtts.precision import HOST_PRECISIONS, NEURON_PRECISIONS, Precision
+from neuron_xtts.precision import HOST, HOST_PRECISIONS, NEURON_PRECISIONS, Precision
 from neuron_xtts.store import Store
 
 logger = logging.getLogger(__name__)
@@ -64,13 +64,14 @@ class Options:
         if neuron is not None:
             _check_neuron(neuron, core, buckets, to_run)
         known = HOST_PRECISIONS if neuron is None else NEURON_PRECISIONS
+        chosen = precision if isinstance(precision, str) else precision.name
+        if chosen not in known:
+            where = "the host" if neuron is None else "Neuron"
+            raise ValueError(f"precision={chosen!r} does not exist on {where}; choose one of {_list(known)}")
+        if neuron is None:
+            check_host_precision(chosen)
         if isinstance(precision, str):
-            if precision not in known:
-                where = "the host" if neuron is None else "Neuron"
-                raise ValueError(f"precision={precision!r} does not exist on {where}; choose one of {_list(known)}")
             precision = Precision(precision)
-        elif precision.name not in known:
-            raise ValueError(f"precision {precision.name!r} does not exist on the host; choose one of {_list(known)}")
         return cls(neuron, core, precision, buckets, Store(store))
 
     @property
@@ -83,7 +84,7 @@ class Options:
         if self.neuron is None:
             from neuron_xtts.backends.cpu import CpuBackend
 
-            return CpuBackend(graphs, self.plan)
+            return CpuBackend(graphs, self.plan, HOST[self.precision.name])
         from neuron_xtts.backends.neuron import NeuronBackend
         from neuron_xtts.compiler import make_recipes
         from neuron_xtts.weights import Digester
@@ -97,6 +98,17 @@ class Options:
             store=self.store,
             core=self.core,
             machine=self.neuron.instance,
+        )
+
+
+def check_host_precision(name: str) -> None:
+    """Raise ValueError if this machine has no kernels for a precision of the host."""
+    import torch
+
+    if HOST[name].linears != "fp32" and "fbgemm" not in torch.backends.quantized.supported_engines:
+        raise ValueError(
+            f"precision={name!r} needs FBGEMM, which torch has for x86 CPUs with AVX2; this one has "
+            f"{', '.join(torch.backends.quantized.supported_engines)}. Choose 'fp32'"
         )
 
 

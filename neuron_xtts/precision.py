@@ -24,8 +24,37 @@ _CASTS = {
     "bf16-all": (_ALL_BF16, _ALL_BF16, _EXACT),
 }
 
-HOST_PRECISIONS = ("fp32",)
 NEURON_PRECISIONS = tuple(_CASTS)
+
+
+@dataclass(frozen=True)
+class HostPrecision:
+    """What a precision means on the host.
+
+    Embeddings, norms, attention with its cache, the heads, the conditioning encoder and sampling are always in fp32.
+
+    Attributes:
+        name: as in ``patch(precision=...)``.
+        linears: how the weights of the trunk's linear layers are kept: ``"fp32"``; ``"fp16"``, multiplied in fp32;
+            ``"int8"``, multiplied with activations in 8 bits.
+        vocoder: what the vocoder computes in, where the CPU has instructions for it; else in fp32.
+    """
+
+    name: str
+    linears: str
+    vocoder: str
+
+
+# 16 bits are kept as fp16, not bf16, because FBGEMM multiplies those as fast and they round an eighth as much.
+HOST = {
+    precision.name: precision
+    for precision in (
+        HostPrecision("fp32", "fp32", "fp32"),
+        HostPrecision("bf16", "fp16", "bf16"),
+        HostPrecision("int8", "int8", "bf16"),
+    )
+}
+HOST_PRECISIONS = tuple(HOST)
 
 # Compilers before this one compute a convolution wrongly, without a word, if its kernel is smaller than its dilation
 # (release notes of Neuron 2.30).
@@ -56,8 +85,8 @@ class Precision:
     """A precision by name, and what the user wants otherwise for single graphs.
 
     Attributes:
-        name: ``"fp32"``, ``"bf16"`` (matrix products of the GPT in bf16) or ``"bf16-all"`` (everything in GPT and
-            vocoder in bf16).
+        name: ``"fp32"``; ``"bf16"`` (matrix products of the GPT in bf16); on Neuron ``"bf16-all"`` (everything in GPT
+            and vocoder in bf16); on the host ``"int8"``. `HOST` has what they mean there.
         arguments: neuronx-cc's arguments to add, by graph, such as ``{"vocoder": "-O2"}``; the last of several that
             contradict each other wins.
     """
@@ -66,8 +95,9 @@ class Precision:
     arguments: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.name not in _CASTS:
-            raise ValueError(f"precision {self.name!r} does not exist; choose one of {', '.join(map(repr, _CASTS))}")
+        if self.name not in _CASTS and self.name not in HOST:
+            names = ", ".join(map(repr, HOST | _CASTS))
+            raise ValueError(f"precision {self.name!r} does not exist; choose one of {names}")
         for graph, arguments in self.arguments.items():
             if graph not in GRAPHS:
                 raise ValueError(f"there is no graph {graph!r}; choose one of {', '.join(map(repr, GRAPHS))}")

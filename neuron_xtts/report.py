@@ -117,6 +117,7 @@ class Report:
         routes: the counts of each route.
         graphs: the counts of each graph by bucket, such as ``graphs["decode"]["1x512"]``.
         missing: graphs that cannot be had for this model, with the reason.
+        copied: bytes of weights that graphs keep in the host's memory beside the model's own.
         gone: routes that are no longer installed, because the model replaced the modules they were on.
     """
 
@@ -126,6 +127,7 @@ class Report:
     routes: dict[str, RouteCounts] = field(default_factory=dict)
     graphs: dict[str, dict[str, GraphCounts]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    copied: int = 0
     gone: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,6 +151,8 @@ class Report:
         if self.backend is None:
             return "neuron_xtts: not patched"
         lines = [f"neuron_xtts: backend {self.backend}, precision {self.precision}"]
+        if self.copied:
+            lines[0] += f", {self.copied / 2**20:.0f} MiB of converted weights"
         lines += [f"no {graph} graph: {reason}" for graph, reason in self.missing.items()]
         if self.gone:
             lines.append(f"gone: {', '.join(self.gone)} (the model replaced these modules; patch(model) restores them)")

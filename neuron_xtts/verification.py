@@ -64,8 +64,12 @@ def _difference(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
     """Relative error and Pearson correlation of two tensors."""
     if ours.shape != theirs.shape or not ours.isfinite().all():
         return float("inf"), 0.0
-    a, b = ours.double().flatten(), theirs.double().flatten()
-    error = (a - b).abs().max() / b.abs().max().clamp_min(1e-30)
+    a, b = ours.double(), theirs.double()
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)), correlation(a, b)
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson correlation of two tensors."""
+    a, b = a.double().flatten(), b.double().flatten()
     a, b = a - a.mean(), b - b.mean()
-    pcc = (a @ b) / (a.norm() * b.norm()).clamp_min(1e-30)
-    return float(error), float(pcc)
+    return float((a @ b) / (a.norm() * b.norm()).clamp_min(1e-30))

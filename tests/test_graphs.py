@@ -7,7 +7,7 @@ import pytest
 import torch
 from TTS.vocoder.models.hifigan_generator import HifiganGenerator
 
-from neuron_xtts.backends.cpu import linear
+from neuron_xtts.backends.converted import split_linear
 from neuron_xtts.graphs import conditioning, transformer, vocoder
 from neuron_xtts.graphs.transformer import MASKED, Decode, Latents, Prefill, Trunk, attention
 from neuron_xtts.graphs.vocoder import Vocoder, receptive_field
@@ -88,9 +88,9 @@ def test_split_product(gpt, threads):
         for module in (gpt.gpt.h[0].attn.c_attn, gpt.gpt.h[0].mlp.c_proj):
             for rows in (1, 5, 40):
                 x = torch.randn(rows, 1, module.weight.shape[0], dtype=torch.double)
-                torch.testing.assert_close(linear(module, x), module(x))
+                torch.testing.assert_close(split_linear(module, x), module(x))
         handle = module.register_forward_hook(lambda module, inputs, output: output + 1)
-        torch.testing.assert_close(linear(module, x[:1]), module(x[:1]))
+        torch.testing.assert_close(split_linear(module, x[:1]), module(x[:1]))
         handle.remove()
     finally:
         torch.set_num_threads(before)

@@ -124,14 +124,12 @@ def write(xtts):
 
 def replace(xtts):
     block = xtts.hifigan_decoder.waveform_decoder.resblocks[4]
-    block.convs2[0] = torch.nn.Sequential(block.convs2[0], torch.nn.Softplus())
+    block.convs2[0] = torch.nn.Conv1d(block.convs2[0].in_channels, block.convs2[0].out_channels, 3, padding=1)
+    torch.nn.init.constant_(block.convs2[0].bias, 1)
+    torch.nn.init.constant_(block.convs2[0].weight, 0.01)
 
 
-def hook(xtts):
-    xtts.hifigan_decoder.waveform_decoder.resblocks[4].convs2[0].register_forward_hook(lambda *args: args[2] + 1)
-
-
-@pytest.mark.parametrize("change", [write, replace, hook])
+@pytest.mark.parametrize("change", [write, replace])
 @torch.no_grad()
 def test_a_vocoder_that_changed(xtts, voice, change):
     """Between two chunks: nothing of the old one is in the audio."""

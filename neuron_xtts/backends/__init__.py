@@ -38,12 +38,17 @@ class Backend(Protocol):
         precision: of the graphs, by name.
         plan: the buckets.
         missing: why a bucket of the plan is not to be had, by graph and bucket. It may grow.
+        copied: bytes of weights that it keeps in the host's memory beside the model's.
     """
 
     name: str
     precision: str
     plan: BucketPlan
     missing: dict[tuple[str, Bucket], str]
+
+    @property
+    def copied(self) -> int:
+        """As above."""
 
     def check(self, graph: str) -> None:
         """Raise `Fallback` if the graph would not compute what the model computes now."""

@@ -1,22 +1,22 @@
-"""The host backend: graphs run eagerly, over the model's own parameters, in exact shapes unless told otherwise."""
+"""The host backend: graphs run eagerly, in exact shapes unless told otherwise."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
+from neuron_xtts.backends.converted import HostVocoder, Linears, cpu_has
 from neuron_xtts.buckets import Bucket, BucketPlan
+from neuron_xtts.errors import Fallback
 from neuron_xtts.graphs.transformer import Decode, Trunk
+from neuron_xtts.precision import HOST, HostPrecision
 
 # Positions by which a state grows: growing copies, and this keeps it rare where shapes are exact.
 _GROWTH = 128
-
-# Rows up to which a split product was faster, measured at 1 to 32; prefill and latents have more.
-_SPLIT_ROWS = 32
 
 
 class CpuBackend:
@@ -25,31 +25,53 @@ class CpuBackend:
     Args:
         graphs: the graphs by name, as `Backend.run` knows them, and ``decode``.
         plan: the buckets; None for exact shapes.
+        precision: of the graphs.
     """
 
     name = "cpu"
-    precision = "fp32"
 
-    def __init__(self, graphs: Mapping[str, Any], plan: BucketPlan | None) -> None:
-        self.graphs = graphs
+    def __init__(
+        self, graphs: Mapping[str, Any], plan: BucketPlan | None, precision: HostPrecision = HOST["fp32"]
+    ) -> None:
         self.plan = plan or BucketPlan()
+        self.precision = precision.name
         self.missing: dict[tuple[str, Bucket], str] = {}
-        for graph in graphs.values():
+        self._graphs = dict(graphs)
+        self._linears = Linears(precision.linears)
+        self._trunks: dict[str, Trunk] = {}
+        for name, graph in graphs.items():
             for module in graph.children():
                 if isinstance(module, Trunk):
-                    module.linear = linear
+                    module.linear = self._linears
+                    self._trunks[name] = module
+        if "vocoder" in graphs:
+            in_bf16 = precision.vocoder == "bf16" and cpu_has("avx512_bf16", "amx_bf16")
+            self._graphs["vocoder"] = HostVocoder(graphs["vocoder"], torch.bfloat16 if in_bf16 else torch.float32)
+        for name in graphs:
+            with contextlib.suppress(Fallback):  # the calls will say so
+                self.check(name)
+
+    @property
+    def copied(self) -> int:
+        """See `Backend.copied`."""
+        vocoder = self._graphs.get("vocoder")
+        return self._linears.bytes + (vocoder.bytes if vocoder else 0)
 
     def check(self, graph: str) -> None:
-        """See `Backend.check`: graphs of the model's own modules always do."""
+        """See `Backend.check`: what was converted of other weights is converted again."""
+        if graph == "vocoder":
+            self._graphs[graph].convert()
+        elif graph in self._trunks:
+            self._linears.convert(self._trunks[graph].h)
 
     def run(self, graph: str, bucket: Bucket, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         """See `Backend.run`."""
-        outputs: tuple[Tensor, ...] = self.graphs[graph](*inputs)
+        outputs: tuple[Tensor, ...] = self._graphs[graph](*inputs)
         return outputs
 
     def new_state(self, rows: int, positions: int) -> HostState:
         """See `Backend.new_state`."""
-        return HostState(self.graphs["decode"], rows, positions)
+        return HostState(self._graphs["decode"], rows, positions)
 
 
 class HostState:
@@ -86,7 +108,7 @@ class HostState:
     def step(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """See `DecodeState.step`."""
         cache = self._data[:, :, :, : mask.shape[-1]].unbind(0)
-        latents, logits = self._decode(embeds, positions, mask, *cache)
+        latents, logits = self._decode(embeds, positions, mask if mask.any() else None, *cache)
         return latents, logits
 
     def prefix(self, row: int, length: int) -> list[tuple[Tensor, Tensor]]:
@@ -97,23 +119,3 @@ class HostState:
 
 def _rounded(positions: int) -> int:
     return -(-positions // _GROWTH) * _GROWTH
-
-
-def linear(module: Any, x: Tensor) -> Tensor:
-    """``module(x)``; for few rows and a GPT-2 ``Conv1D`` the product is split so that every thread streams weights.
-
-    With few rows the product is bound by reading the weight. MKL reads it well below the memory's bandwidth; one
-    product per thread, each over its share of the input channels, comes closer (measured in docs/performance.md).
-    """
-    rows = x.numel() // x.shape[-1]
-    if rows > _SPLIT_ROWS or type(module) is not Conv1D or module._forward_hooks or module._forward_pre_hooks:
-        whole: Tensor = module(x)
-        return whole
-    weight: Tensor = module.weight  # (channels in, channels out)
-    parts = torch.get_num_threads()
-    while weight.shape[0] % parts:
-        parts -= 1
-    x_parts = x.reshape(rows, parts, -1).transpose(0, 1)  # (parts, rows, channels in / parts)
-    products = torch.bmm(x_parts, weight.view(parts, -1, weight.shape[1]))  # (parts, rows, channels out)
-    product: Tensor = products.sum(0) + module.bias
-    return product.view(*x.shape[:-1], -1)

@@ -46,6 +46,7 @@ class NeuronBackend:
     """
 
     name = "neuron"
+    copied = 0  # the device holds them
 
     def __init__(
         self,

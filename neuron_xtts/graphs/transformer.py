@@ -126,6 +126,15 @@ class Prefill(nn.Module):
         return {"embeds": torch.randn(1, length, self.head.in_features), "last": last}
 
 
+def writer(positions: Tensor) -> Callable[[Tensor, Tensor], object]:
+    """What writes (B, H, 1, K) into the cache (B, H, S, K), each row at its position (B,)."""
+    if positions.device.type == "cpu" and len(positions) == 1:  # half a millisecond a step in 60 small operators
+        at = int(positions)
+        return lambda cache, new: cache[:, :, at : at + 1].copy_(new)
+    index = positions.long().view(-1, 1, 1, 1)
+    return lambda cache, new: cache.scatter_(2, index.expand_as(new), new)
+
+
 class Decode(nn.Module):
     """One audio code per row, each row at a position of its own."""
 
@@ -136,25 +145,24 @@ class Decode(nn.Module):
         self.trunk = trunk
         self.head = head
 
-    def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor, *cache: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, *cache: Tensor) -> tuple[Tensor, Tensor]:
         """Run one step and write its keys and values into the cache.
 
         Args:
             embeds: (B, 1, D) embedding of the latest code, with its position.
             positions: (B,) int32, the slot of the cache each row writes.
             mask: (B, 1, 1, S) additive: zero up to a row's position, `MASKED` above. Slots above a row's position may
-                hold anything finite.
+                hold anything finite. None if there is nothing above.
             cache: the keys (B, H, S, K) of every block, then the values likewise. Updated in place.
 
         Returns:
             latents (B, D) and logits (B, V).
         """
-        x, blocks = embeds, self.trunk.h
+        x, blocks, write = embeds, self.trunk.h, writer(positions)
         for block, keys, values in zip(blocks, cache[: len(blocks)], cache[len(blocks) :], strict=True):
             q, k, v = self.trunk.qkv(block, x)  # (B, H, 1, K)
-            index = positions.long().view(-1, 1, 1, 1).expand_as(k)
-            keys.scatter_(2, index, k)
-            values.scatter_(2, index, v)
+            write(keys, k)
+            write(values, v)
             x = self.trunk.rest(block, x, attention(q, keys, values, mask))
         latents = self.trunk.latents(x)[:, 0]
         return latents, self.head(latents)

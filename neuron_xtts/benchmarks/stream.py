@@ -1,19 +1,12 @@
-"""Benchmarks: patched against unpatched coqui-tts, in turns, in one process.
-
-Whatever else the machine does at a moment hits neighbouring measurements alike, so ratios of medians of interleaved
-rounds mean something on a noisy machine where seconds alone do not.
-"""
+"""Streams: time to first audio, and time per chunk against the number of the chunk."""
 
 from __future__ import annotations
 
 import itertools
-import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +14,12 @@ import torch
 from tqdm import tqdm
 
 import neuron_xtts
-from neuron_xtts.demo import SAMPLE_RATE, SENTENCES, load_or_make, write_reference
+from neuron_xtts.benchmarks import PLAIN, machine, prepare
+from neuron_xtts.demo import SAMPLE_RATE, SENTENCES
 from neuron_xtts.proxy import Installation
 from neuron_xtts.report import table
 
-VARIANTS = ("coqui-tts", "neuron_xtts")
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    packages = ("torch", "coqui-tts", "transformers", "neuron-xtts")
-    names = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.partition(":")[2].strip() for line in names if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
+VARIANTS = (PLAIN, "neuron_xtts")
 
 
 @dataclass
@@ -142,10 +123,10 @@ class StreamResults:
             rows.append((name, f"{seconds:.3f}{unit}", f"{patched[name]:.3f}{unit}", ratio))
         growth = [figures["last whole chunk"] / figures["second chunk"] for figures in (plain, patched)]
         rows.append(("last / second chunk", *(f"{ratio:.2f}" for ratio in growth), ""))
-        frames = self.samples[codes]["coqui-tts"][0].frames
+        frames = self.samples[codes][PLAIN][0].frames
         worked = self.worked[codes]
         rows.append(("vocoder frames", str(frames), str(worked), f"{frames / worked:.1f}x" if worked else ""))
-        seconds = self.samples[codes]["coqui-tts"][0].samples / SAMPLE_RATE
+        seconds = self.samples[codes][PLAIN][0].samples / SAMPLE_RATE
         header = f"{codes} codes, {seconds:.2f} s of audio, chunks of {self.size} codes"
         return table((header, *VARIANTS, ""), rows)
 
@@ -208,11 +189,3 @@ def bench_stream(
 def vocoded(xtts: Any) -> int:
     """Vocoder frames that graphs computed so far, halo and padding included."""
     return sum(counts.padded for counts in neuron_xtts.report(xtts).graphs.get("vocoder", {}).values())
-
-
-def prepare(checkpoint: Path | None, small: bool) -> tuple[Any, Any]:
-    """An ``Xtts`` and a voice."""
-    xtts = load_or_make(checkpoint, small).synthesizer.tts_model
-    with tempfile.TemporaryDirectory() as folder:
-        write_reference(Path(folder) / "reference.wav")
-        return xtts, xtts.get_conditioning_latents(str(Path(folder) / "reference.wav"))

@@ -1,0 +1,219 @@
+"""What the host backend computes with where the model's own weights are not the fastest: converted copies.
+
+They are converted once, at `patch`, and again when the model's weights have changed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from neuron_xtts.errors import Fallback
+from neuron_xtts.graphs.vocoder import Vocoder, channels_last, fold_weight_norm
+from neuron_xtts.hooks import is_hooked
+from neuron_xtts.weights import stamp, tensors_of
+
+logger = logging.getLogger(__name__)
+
+# Rows up to which a split product was faster, measured at 1 to 32; prefill and latents have more.
+_SPLIT_ROWS = 32
+
+
+def split_linear(module: Any, x: Tensor) -> Tensor:
+    """``module(x)``; for few rows and a GPT-2 ``Conv1D`` the product is split so that every thread streams weights.
+
+    With few rows the product is bound by reading the weight. MKL reads it well below the memory's bandwidth; one
+    product per thread, each over its share of the input channels, comes closer (measured in docs/performance.md).
+    """
+    rows = x.numel() // x.shape[-1]
+    if rows > _SPLIT_ROWS or type(module) is not Conv1D or module._forward_hooks or module._forward_pre_hooks:
+        whole: Tensor = module(x)
+        return whole
+    weight: Tensor = module.weight  # (channels in, channels out)
+    parts = torch.get_num_threads()
+    while weight.shape[0] % parts:
+        parts -= 1
+    x_parts = x.reshape(rows, parts, -1).transpose(0, 1)  # (parts, rows, channels in / parts)
+    products = torch.bmm(x_parts, weight.view(parts, -1, weight.shape[1]))  # (parts, rows, channels out)
+    product: Tensor = products.sum(0) + module.bias
+    return product.view(*x.shape[:-1], -1)
+
+
+Product = Callable[[Tensor], Tensor]
+
+
+def fp16_product(weight: Tensor, bias: Tensor) -> tuple[Product, int]:
+    """``x @ weight + bias`` with weights kept in fp16 and computed with in fp32, and the bytes they take."""
+    packed = torch.ops.quantized.linear_prepack_fp16(weight.t().contiguous(), bias)
+
+    def product(x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, packed)
+        return y
+
+    return product, 2 * weight.numel()
+
+
+def int8_product(weight: Tensor, bias: Tensor) -> tuple[Product, int]:
+    """``x @ weight + bias`` in int8, and the bytes the weights take.
+
+    One scale per output channel, and one per row of ``x``, found when it comes: rows do not know of each other.
+    """
+    transposed = weight.t().contiguous()  # (channels out, channels in)
+    scales = transposed.abs().amax(1).clamp_min(1e-12) / 127
+    zeros = torch.zeros(len(scales), dtype=torch.long)
+    quantized = torch.quantize_per_channel(transposed, scales.double(), zeros, 0, torch.qint8)
+    packed = torch.ops.quantized.linear_prepack(quantized, bias)
+    # Without VNNI, FBGEMM adds pairs of products in 16 bits, where only 7 bits of an activation are safe.
+    reduce_range = not cpu_has("avx512_vnni", "avx_vnni")
+
+    def product(x: Tensor) -> Tensor:
+        y: Tensor
+        if x.numel() == x.shape[-1]:
+            y = torch.ops.quantized.linear_dynamic(x, packed, reduce_range)
+            return y
+        # The operator knows one scale for all rows: make them alike first.
+        size = x.abs().amax(-1, keepdim=True).clamp_min_(1e-12)
+        y = torch.ops.quantized.linear_dynamic(x / size, packed, reduce_range)
+        return y.sub_(bias).mul_(size).add_(bias)
+
+    return product, weight.numel()
+
+
+_PRODUCTS = {"fp16": fp16_product, "int8": int8_product}
+
+
+class Linears:
+    """How the trunk's linear layers are applied.
+
+    Args:
+        kind: of their weights: ``"fp32"``, the model's own; ``"fp16"`` or ``"int8"``, copies.
+
+    Attributes:
+        bytes: of copies.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.bytes = 0
+        self._products: dict[nn.Module, Product] = {}
+        self._stamp: Any = None
+
+    def convert(self, blocks: Iterable[Any]) -> None:
+        """Make copies of the weights of GPT-2 blocks, unless they are there."""
+        if self.kind == "fp32":
+            return
+        layers = [layer for block in blocks for layer in (block.attn.c_attn, block.attn.c_proj, *_mlp(block))]
+        # Another kind of layer computes as it likes; with weights of another kind the route falls back.
+        layers = [layer for layer in layers if type(layer) is Conv1D and is_plain(layer)]
+        now = tuple(map(id, layers)), stamp(tensor for layer in layers for tensor in tensors_of(layer))
+        if now == self._stamp:
+            return
+        start = time.perf_counter()
+        self._products.clear()
+        self.bytes = 0
+        engine = torch.backends.quantized.engine
+        torch.backends.quantized.engine = "fbgemm"  # of the packing; nothing else asks for it later
+        try:
+            for layer in layers:
+                weight, bias = layer.weight.detach(), layer.bias.detach()
+                self._products[layer], size = _PRODUCTS[self.kind](weight, bias)
+                self.bytes += size
+        finally:
+            torch.backends.quantized.engine = engine
+        self._stamp = now
+        seconds = time.perf_counter() - start
+        logger.info("%d linear layers converted to %s in %.1f s", len(layers), self.kind, seconds)
+
+    def __call__(self, module: Any, x: Tensor) -> Tensor:
+        """``module(x)``."""
+        product = self._products.get(module)
+        if product is None or is_hooked(module):
+            return split_linear(module, x)
+        return product(x)
+
+
+def _mlp(block: Any) -> tuple[Any, Any]:
+    return block.mlp.c_fc, block.mlp.c_proj
+
+
+class HostVocoder:
+    """The vocoder graph with folded weights in a layout that the CPU computes fast.
+
+    Args:
+        vocoder: the graph.
+        dtype: of its arithmetic, up to the last convolution, which is always in fp32.
+
+    Attributes:
+        bytes: of copies.
+    """
+
+    def __init__(self, vocoder: Vocoder, dtype: torch.dtype) -> None:
+        self.vocoder = vocoder
+        self.dtype = dtype
+        self.bytes = 0
+        self._stamp: Any = None
+        self._copy: Any = None
+
+    @torch.no_grad()
+    def convert(self) -> None:
+        """Make a copy of the weights, unless it is there."""
+        now = tuple(map(id, self.vocoder.modules())), stamp(tensors_of(self.vocoder))
+        if now == self._stamp:
+            return
+        self._copy, self._stamp = None, None
+        if not is_plain(self.vocoder):
+            return  # the route falls back
+        copied = fold_weight_norm(self.vocoder)
+        for module in copied.modules():
+            if not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)) and not list(module.children()):
+                raise Fallback(f"a {type(module).__name__} where a convolution belongs")
+        channels_last(copied)
+        if self.dtype is not torch.float32:
+            last = copied.conv_post
+            copied.to(self.dtype)
+            copied.conv_post = InFloat(last.float())
+        self._copy, self._stamp = copied, now
+        self.bytes = sum(tensor.nbytes for tensor in tensors_of(copied))
+
+    @torch.no_grad()
+    def __call__(self, frames: Tensor, speaker: Tensor, mask: Tensor | None = None) -> tuple[Tensor]:
+        """See `Vocoder.forward`."""
+        frames, speaker = frames.unsqueeze(2).to(self.dtype), speaker.unsqueeze(2).to(self.dtype)
+        if mask is not None:
+            mask = mask.unsqueeze(2).to(self.dtype)
+        (audio,) = self._copy(frames.contiguous(memory_format=torch.channels_last), speaker, mask)
+        return (audio.squeeze(2),)
+
+
+class InFloat(nn.Module):
+    """A layer whose input is cast to fp32."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's result."""
+        y: Tensor = self.layer(x.float())
+        return y
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether the weights of a module are what can be converted: fp32 on the CPU."""
+    return all(tensor.dtype is torch.float32 and tensor.is_cpu for tensor in tensors_of(module))
+
+
+def cpu_has(*flags: str) -> bool:
+    """Whether the CPU has one of these instruction sets, as Linux names them."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            line = next((line for line in file if line.startswith("flags")), "")
+    except OSError:
+        return False
+    return not set(flags).isdisjoint(line.split())
