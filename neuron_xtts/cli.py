@@ -51,7 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     neuron = argparse.ArgumentParser(add_help=False, parents=[plan])
     neuron.add_argument(
-        "--precision", default="fp32", metavar="NAME", help="fp32, or on Neuron bf16 or bf16-all (default: %(default)s)"
+        "--precision",
+        default="fp32",
+        metavar="NAME",
+        help="fp32, bf16, int8 (host), bf16-all (Neuron); default: fp32",
     )
     neuron.add_argument(
         "--compiler-args", type=_assignment, action="append", default=[], metavar="GRAPH=ARGS",

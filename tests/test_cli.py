@@ -110,6 +110,33 @@ def test_bench_stream(tmp_path, capsys):
     assert files[1].read_bytes().startswith(b"\x89PNG")
 
 
+def test_bench(tmp_path, capsys):
+    """Every stage and figure, of samples that were taken."""
+    files = tmp_path / "sentence.json", tmp_path / "sentence.png"
+    command = ["bench", "--small", "--rounds", "2", "--codes", "15", "30", "--precisions", "fp32", "int8"]
+    assert main([*command, "--json", str(files[0]), "--png", str(files[1])]) == 0
+    out = capsys.readouterr().out
+    results = json.loads(files[0].read_text())
+    variants = ["coqui-tts", "fp32", "int8"]
+    for codes in ("15", "30"):
+        assert list(results["samples"][codes]) == variants
+        for variant, samples in results["samples"][codes].items():
+            assert len(samples) == 2
+            for sample in samples:
+                parts = sum(sample[stage] for stage in ("codes", "latents", "vocoder"))
+                assert 0 < parts < sample["sentence"]
+                assert 0 < sample["one code"] < sample["codes"]
+            median = sum(sample["sentence"] for sample in samples) / 2
+            found = results["medians"][codes][variant]
+            assert found["sentence"] == pytest.approx(median)
+            assert found["RTF"] == pytest.approx(median / (int(codes) * 1024 / 22050))
+    assert results["accuracy"]["fp32"]["snr"] > 90 > results["accuracy"]["int8"]["snr"] > 10
+    assert results["accuracy"]["fp32"]["latents"] > results["accuracy"]["int8"]["latents"] > 0.99
+    assert all(2**28 < results["memory"][variant] < 2**33 for variant in variants)
+    assert "peak memory" in out
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])

@@ -15,6 +15,8 @@ from helpers import all_fallbacks, assert_identical, assert_same_speech, failing
 
 import neuron_xtts
 from neuron_xtts import BucketPlan, demo
+from neuron_xtts.benchmarks.sentence import bench_sentence
+from neuron_xtts.benchmarks.stream import bench_stream
 from neuron_xtts.errors import ArtifactError, Fallback
 from neuron_xtts.graphs.transformer import MASKED
 from neuron_xtts.store import MANIFEST, MODEL, Store
@@ -495,3 +497,14 @@ def test_the_demo(neuron, compiled, small_plan, tmp_path):
     assert "neuron_xtts: backend neuron, precision fp32" in text
     fallbacks_of = {line.split()[0] for line in text.partition("fallback of")[2].splitlines()[2:] if line[:1].isupper()}
     assert fallbacks_of == {"GPT.get_style_emb"}  # 4 s at a time, which the small plan has no graph for
+
+
+def test_the_benchmarks(neuron, compiled, small_plan):
+    """As on the host."""
+    options = {"backend": "neuron", "store": compiled, "buckets": small_plan}
+    streams = bench_stream(lengths=(20,), size=10, rounds=1, small=True, options=options)
+    assert streams.worked[20] >= int(20 * 4 * 24000 / 22050)
+    sentences = bench_sentence(lengths=(20,), rounds=1, precisions=("fp32",), small=True, memory=False, options=options)
+    assert sentences.accuracy["fp32"].latents > 0.99999
+    assert sentences.accuracy["fp32"].snr > 80
+    assert sentences.medians(20, "fp32")["latents"] > 0
