@@ -67,9 +67,10 @@ class Patch:
         return [name for name, installation in self.installations.items() if not installation.is_on(*modules)]
 
     def remove(self) -> None:
-        """Take every proxy off again."""
+        """Take every proxy off again, and leave the weights as they were found."""
         for installation in reversed(self.installations.values()):
             installation.remove()
+        self.engine.backend.close()
 
 
 # Not an attribute of the model: unpatch must leave every __dict__ as it was, and a deepcopy must not inherit a patch.

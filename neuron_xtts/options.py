@@ -72,6 +72,12 @@ class Options:
             check_host_precision(chosen)
         if isinstance(precision, str):
             precision = Precision(precision)
+        if precision.release and (neuron is not None or HOST[chosen].linears == "fp32"):
+            where = "on the host" if neuron is None else "on Neuron"
+            raise ValueError(
+                f"Precision has release=True, but {chosen!r} {where} converts no weights that could be released; "
+                "leave it out, or choose another precision on the host"
+            )
         return cls(neuron, core, precision, buckets, Store(store))
 
     @property
@@ -84,7 +90,8 @@ class Options:
         if self.neuron is None:
             from neuron_xtts.backends.cpu import CpuBackend
 
-            return CpuBackend(graphs, self.plan, HOST[self.precision.name])
+            aside = self.store.root / "aside" if self.precision.release else None
+            return CpuBackend(graphs, self.plan, HOST[self.precision.name], aside)
         from neuron_xtts.backends.neuron import NeuronBackend
         from neuron_xtts.compiler import make_recipes
         from neuron_xtts.weights import Digester

@@ -55,6 +55,7 @@ HOST = {
     )
 }
 HOST_PRECISIONS = tuple(HOST)
+WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 
 # Compilers before this one compute a convolution wrongly, without a word, if its kernel is smaller than its dilation
 # (release notes of Neuron 2.30).
@@ -89,10 +90,13 @@ class Precision:
             and vocoder in bf16); on the host ``"int8"``. `HOST` has what they mean there.
         arguments: neuronx-cc's arguments to add, by graph, such as ``{"vocoder": "-O2"}``; the last of several that
             contradict each other wins.
+        release: on the host, move the weights that were converted out of memory, into the folder of the store, until
+            `unpatch` brings them back. Fallbacks read them from there.
     """
 
     name: str = "fp32"
     arguments: Mapping[str, str] = field(default_factory=dict)
+    release: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in _CASTS and self.name not in HOST:

@@ -1,6 +1,7 @@
 """Reduced precision on the host: close to fp32, faithful to the model's weights, and fp32 again after unpatch."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,8 +211,85 @@ def test_unknown_precision(xtts, precision):
         neuron_xtts.patch(xtts, backend="cpu", precision=precision)
 
 
+def test_nothing_to_release(xtts):
+    with pytest.raises(ValueError, match=r"release=True, but 'fp32' on the host converts no weights"):
+        neuron_xtts.patch(xtts, backend="cpu", precision=Precision("fp32", release=True))
+
+
 def test_no_kernels(xtts, monkeypatch):
     monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", property(lambda _: ["qnnpack", "none"]))
     with pytest.raises(ValueError, match=r"precision='int8' needs FBGEMM.*has qnnpack, none. Choose 'fp32'"):
         neuron_xtts.patch(xtts, backend="cpu", precision="int8")
     neuron_xtts.patch(xtts, backend="cpu")
+
+
+def mapped(parameter):
+    """Whether a parameter's memory is a file without a name."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, last = line.split()
+        start, end = (int(address, 16) for address in span.split("-"))
+        if start <= parameter.data_ptr() < end:
+            return last == "(deleted)"
+    return False
+
+
+@pytest.mark.parametrize("precision", REDUCED)
+def test_released_originals(xtts, voice, precision, tmp_path):
+    """They are on the disk while the model is patched, whoever needs them finds them, and unpatch brings them back."""
+    options = {"backend": "cpu", "precision": Precision(precision, release=True), "store": tmp_path}
+    before = dicts(xtts)
+    neuron_xtts.unpatch(neuron_xtts.patch(xtts, **options))
+    assert dicts(xtts) == before
+    theirs = speak(xtts, voice, max_new_tokens=15)
+    weight = xtts.gpt.gpt.h[1].mlp.c_fc.weight
+    values = weight.detach().clone()
+    kept = neuron_xtts.patch(copy.deepcopy(xtts), backend="cpu", precision=precision)
+    neuron_xtts.patch(xtts, **options)
+    assert mapped(weight)
+    assert not list((tmp_path / "aside").iterdir())
+    assert_identical(speak(xtts, voice, max_new_tokens=15), speak(kept, voice, max_new_tokens=15))
+    fallback = {"max_new_tokens": 15, "typical_p": 0.9}
+    plain = copy.deepcopy(xtts)
+    assert not mapped(plain.gpt.gpt.h[1].mlp.c_fc.weight)
+    assert_identical(speak(plain, voice, max_new_tokens=15), theirs)
+    ours, expected = (
+        model.gpt.generate(voice[0], torch.ones(1, 5, dtype=torch.long), **fallback) for model in (xtts, plain)
+    )
+    assert torch.equal(ours, expected)  # by coqui-tts, with the weights on the disk
+    assert fallbacks(xtts, "GPT.generate") == {"argument typical_p": 1}
+    neuron_xtts.patch(xtts, **options)
+    neuron_xtts.unpatch(xtts)
+    assert weight is xtts.gpt.gpt.h[1].mlp.c_fc.weight
+    assert not mapped(weight)
+    assert torch.equal(weight, values)
+    assert_identical(speak(xtts, voice, max_new_tokens=15), theirs)
+
+
+@torch.no_grad()
+def test_released_originals_that_change(xtts, voice, tmp_path):
+    """New weights are converted and moved in their turn; those in another storage stay there."""
+    other = copy.deepcopy(xtts)
+    other.gpt.gpt.h[0].mlp.c_fc.weight *= -1
+    neuron_xtts.patch(xtts, backend="cpu", precision=Precision("int8", release=True), store=tmp_path)
+    xtts.load_state_dict(other.state_dict())
+    neuron_xtts.patch(other, backend="cpu", precision="int8")
+    assert_identical(speak(xtts, voice, max_new_tokens=15), speak(other, voice, max_new_tokens=15))
+    weight = xtts.gpt.gpt.h[1].mlp.c_fc.weight
+    replaced = torch.randn_like(weight)
+    weight.data = replaced
+    neuron_xtts.unpatch(xtts)
+    assert weight.data_ptr() == replaced.data_ptr()
+    assert torch.equal(xtts.gpt.gpt.h[0].mlp.c_fc.weight, other.gpt.gpt.h[0].mlp.c_fc.weight)
+
+
+def test_a_full_disk(xtts, voice, tmp_path, monkeypatch, caplog):
+    """Then they stay in memory, and nothing else changes."""
+
+    def full(**_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("neuron_xtts.backends.converted.tempfile.NamedTemporaryFile", full)
+    neuron_xtts.patch(xtts, backend="cpu", precision=Precision("int8", release=True), store=tmp_path)
+    assert "fp32 weights stay in memory" in caplog.text
+    speak(xtts, voice, max_new_tokens=5)
+    neuron_xtts.unpatch(xtts)

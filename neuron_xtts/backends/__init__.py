@@ -56,5 +56,8 @@ class Backend(Protocol):
     def run(self, graph: str, bucket: Bucket, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         """Run a graph other than decode on inputs that fill a bucket."""
 
+    def close(self) -> None:
+        """Leave the model's weights as they were found."""
+
     def new_state(self, rows: int, positions: int) -> DecodeState:
         """The decode graph with an empty state; ``rows`` and ``positions`` are a bucket."""

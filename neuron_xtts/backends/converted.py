@@ -5,9 +5,13 @@ They are converted once, at `patch`, and again when the model's weights have cha
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,18 +92,55 @@ def int8_product(weight: Tensor, bias: Tensor) -> tuple[Product, int]:
 _PRODUCTS = {"fp16": fp16_product, "int8": int8_product}
 
 
+class Aside:
+    """Weights of a model that were moved from memory into files, which are mapped in their place.
+
+    Whoever computes with them all the same, as coqui-tts does in a fallback, reads them from the disk.
+
+    Args:
+        folder: on a disk, where the files are made. They have no name and vanish with the process.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._moved: list[tuple[nn.Parameter, int]] = []
+
+    def move(self, parameter: nn.Parameter) -> None:
+        """Move a parameter, unless the disk is full."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.folder) as file:
+                file.write(parameter.detach().contiguous().numpy().data)
+                file.flush()
+                mapped = torch.from_file(file.name, shared=False, size=parameter.numel(), dtype=parameter.dtype)
+        except OSError as error:
+            logger.warning("fp32 weights stay in memory: %s", error)
+            return
+        parameter.data = mapped.view(parameter.shape)
+        self._moved.append((parameter, mapped.data_ptr()))
+
+    def bring_back(self) -> None:
+        """Move every parameter back into memory, but for those that somebody gave another storage."""
+        for parameter, pointer in self._moved:
+            if parameter.data_ptr() == pointer:
+                parameter.data = parameter.data.clone()
+        self._moved.clear()
+
+
 class Linears:
     """How the trunk's linear layers are applied.
 
     Args:
         kind: of their weights: ``"fp32"``, the model's own; ``"fp16"`` or ``"int8"``, copies.
+        aside: where the originals of copies go; None to leave them where they are.
 
     Attributes:
         bytes: of copies.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, aside: Aside | None = None) -> None:
         self.kind = kind
+        self.aside = aside
         self.bytes = 0
         self._products: dict[nn.Module, Product] = {}
         self._stamp: Any = None
@@ -111,8 +152,11 @@ class Linears:
         layers = [layer for block in blocks for layer in (block.attn.c_attn, block.attn.c_proj, *_mlp(block))]
         # Another kind of layer computes as it likes; with weights of another kind the route falls back.
         layers = [layer for layer in layers if type(layer) is Conv1D and is_plain(layer)]
-        now = tuple(map(id, layers)), stamp(tensor for layer in layers for tensor in tensors_of(layer))
-        if now == self._stamp:
+
+        def state() -> Any:
+            return tuple(map(id, layers)), stamp(tensor for layer in layers for tensor in tensors_of(layer))
+
+        if state() == self._stamp:
             return
         start = time.perf_counter()
         self._products.clear()
@@ -124,9 +168,13 @@ class Linears:
                 weight, bias = layer.weight.detach(), layer.bias.detach()
                 self._products[layer], size = _PRODUCTS[self.kind](weight, bias)
                 self.bytes += size
+                if self.aside:
+                    self.aside.move(layer.weight)
         finally:
             torch.backends.quantized.engine = engine
-        self._stamp = now
+        if self.aside:
+            give_back_memory()
+        self._stamp = state()
         seconds = time.perf_counter() - start
         logger.info("%d linear layers converted to %s in %.1f s", len(layers), self.kind, seconds)
 
@@ -207,6 +255,12 @@ class InFloat(nn.Module):
 def is_plain(module: nn.Module) -> bool:
     """Whether the weights of a module are what can be converted: fp32 on the CPU."""
     return all(tensor.dtype is torch.float32 and tensor.is_cpu for tensor in tensors_of(module))
+
+
+def give_back_memory() -> None:
+    """Have the C library return freed memory to the operating system, where it can be asked to."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def cpu_has(*flags: str) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from neuron_xtts.backends.converted import HostVocoder, Linears, cpu_has
+from neuron_xtts.backends.converted import Aside, HostVocoder, Linears, cpu_has
 from neuron_xtts.buckets import Bucket, BucketPlan
 from neuron_xtts.errors import Fallback
 from neuron_xtts.graphs.transformer import Decode, Trunk
@@ -26,18 +27,23 @@ class CpuBackend:
         graphs: the graphs by name, as `Backend.run` knows them, and ``decode``.
         plan: the buckets; None for exact shapes.
         precision: of the graphs.
+        aside: a folder where the model's own weights go while converted ones stand in for them; None to keep them.
     """
 
     name = "cpu"
 
     def __init__(
-        self, graphs: Mapping[str, Any], plan: BucketPlan | None, precision: HostPrecision = HOST["fp32"]
+        self,
+        graphs: Mapping[str, Any],
+        plan: BucketPlan | None,
+        precision: HostPrecision = HOST["fp32"],
+        aside: Path | None = None,
     ) -> None:
         self.plan = plan or BucketPlan()
         self.precision = precision.name
         self.missing: dict[tuple[str, Bucket], str] = {}
         self._graphs = dict(graphs)
-        self._linears = Linears(precision.linears)
+        self._linears = Linears(precision.linears, Aside(aside) if aside else None)
         self._trunks: dict[str, Trunk] = {}
         for name, graph in graphs.items():
             for module in graph.children():
@@ -68,6 +74,11 @@ class CpuBackend:
         """See `Backend.run`."""
         outputs: tuple[Tensor, ...] = self._graphs[graph](*inputs)
         return outputs
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        if self._linears.aside:
+            self._linears.aside.bring_back()
 
     def new_state(self, rows: int, positions: int) -> HostState:
         """See `Backend.new_state`."""

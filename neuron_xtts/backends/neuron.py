@@ -131,6 +131,9 @@ class NeuronBackend:
         loaded.errors = 0
         return outputs
 
+    def close(self) -> None:
+        """See `Backend.close`: there is nothing to do."""
+
     def new_state(self, rows: int, positions: int) -> NeuronState:
         """See `Backend.new_state`. Several may be in use: what a graph holds of one moves to the host for another."""
         return NeuronState(self, self._loaded, (rows, positions))

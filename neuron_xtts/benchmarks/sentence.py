@@ -21,10 +21,12 @@ from tqdm import tqdm
 import neuron_xtts
 from neuron_xtts.benchmarks import PLAIN, machine, prepare
 from neuron_xtts.demo import SENTENCES, Stopwatch
+from neuron_xtts.precision import HOST, WEIGHT_BYTES, Precision
 from neuron_xtts.report import table
 from neuron_xtts.verification import correlation
 
 STAGES = ("codes", "latents", "vocoder")
+RELEASED = " released"  # what a variant is called whose fp32 weights are not kept in memory
 
 
 def speak(xtts: Any, voice: tuple[Any, Any], codes: int) -> dict[str, float]:
@@ -43,6 +45,17 @@ def speak(xtts: Any, voice: tuple[Any, Any], codes: int) -> dict[str, float]:
     stages = {stage: stopwatch.seconds[stage] for stage in STAGES}
     one_code = statistics.median(b - a for a, b in itertools.pairwise(ticks[1:codes]))
     return {"sentence": seconds, **stages, "one code": one_code}
+
+
+def bandwidth() -> float:
+    """Bytes a second that all threads together read of memory that no cache holds."""
+    data = torch.ones(2**27)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        data.sum()
+        seconds.append(time.perf_counter() - start)
+    return data.nbytes / statistics.median(seconds)
 
 
 @dataclass
@@ -116,7 +129,8 @@ def _speak_and_print_peak(precision: str, codes: int, small: bool) -> None:
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     if precision != PLAIN:
-        neuron_xtts.patch(xtts, backend="cpu", precision=precision)
+        name, released, _ = precision.partition(RELEASED)
+        neuron_xtts.patch(xtts, backend="cpu", precision=Precision(name, release=bool(released)))
     for _ in range(2):
         speak(xtts, voice, codes)
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
@@ -133,6 +147,8 @@ class SentenceResults:
         patching: seconds that `patch` took, by precision, one a sentence.
         accuracy: by precision.
         memory: peak, in bytes, by variant.
+        bandwidth: bytes a second that all threads read of memory that no cache holds, one a round.
+        weights: bytes of weights that a decode step reads, by precision on the host.
     """
 
     machine: dict[str, Any]
@@ -140,6 +156,8 @@ class SentenceResults:
     patching: dict[str, list[float]]
     accuracy: dict[str, Accuracy]
     memory: dict[str, int]
+    bandwidth: list[float]
+    weights: dict[str, int]
 
     def medians(self, codes: int, variant: str) -> dict[str, float]:
         """Seconds by stage, and the RTF."""
@@ -167,6 +185,7 @@ class SentenceResults:
             rows_ = [(name, f"{size / 2**20:.0f} MiB", f"{size / self.memory[PLAIN] - 1:+.1%}")
                      for name, size in self.memory.items()]  # fmt: skip
             tables.append(table(("peak memory", "", "against coqui-tts"), rows_))
+        tables.append(f"memory is read at {statistics.median(self.bandwidth) / 1e9:.1f} GB/s")
         return "\n\n".join(tables)
 
     def _speed(self, codes: int) -> str:
@@ -176,9 +195,22 @@ class SentenceResults:
             found = self.medians(codes, variant)
             cells = [f"{1e3 * found[stage]:.0f} ms" for stage in ("sentence", *STAGES)]
             cells += [f"{1e3 * found['one code']:.1f} ms", f"{found['RTF']:.2f}"]
-            rows.append((variant, *cells, f"{plain['sentence'] / found['sentence']:.2f}x"))
+            cells.append(f"{plain['sentence'] / found['sentence']:.2f}x")
+            limit = self.weights.get(variant, 0) / statistics.median(self.bandwidth)
+            rows.append((variant, *cells, f"{found['one code'] / limit:.2f}" if limit else ""))
         seconds = codes * 1024 / 22050
-        return table((f"{codes} codes, {seconds:.2f} s", "sentence", *STAGES, "one code", "RTF", "faster"), rows)
+        return table(
+            (
+                f"{codes} codes, {seconds:.2f} s",
+                "sentence",
+                *STAGES,
+                "one code",
+                "RTF",
+                "faster",
+                "code / reading weights",
+            ),
+            rows,
+        )
 
     def draw(self, path: Path) -> None:
         """Write a PNG of the real-time factor against the length."""
@@ -214,16 +246,25 @@ def bench_sentence(
         precisions: to patch with.
         small: as for `demo.run`.
         checkpoint: as for `demo.run`.
-        memory: measure peak memory, too, in processes of their own (of random weights, on the host).
+        memory: on the host: measure peak memory, too, in processes of their own (of random weights).
         options: of `neuron_xtts.patch`, but for the precision.
     """
     xtts, voice = prepare(checkpoint, small)
     variants = (PLAIN, *precisions)
+    trunk = sum(parameter.numel() for parameter in xtts.gpt.gpt.h.parameters() if parameter.ndim == 2)
+    sizes = {name: trunk * WEIGHT_BYTES[precision.linears] for name, precision in HOST.items()}
     results = SentenceResults(
-        machine(), {codes: {name: [] for name in variants} for codes in lengths}, {p: [] for p in precisions}, {}, {}
+        machine=machine(),
+        samples={codes: {name: [] for name in variants} for codes in lengths},
+        patching={name: [] for name in precisions},
+        accuracy={},
+        memory={},
+        bandwidth=[],
+        weights={PLAIN: sizes["fp32"], **sizes} if memory else {},
     )
     with tqdm(total=rounds * len(lengths) * len(variants), desc="sentences", unit="sentence") as bar:
         for round_ in range(rounds):
+            results.bandwidth.append(bandwidth())
             for variant in variants[:: 1 if round_ % 2 else -1]:
                 if variant != PLAIN:
                     start = time.perf_counter()
@@ -237,7 +278,8 @@ def bench_sentence(
     for name in precisions:
         results.accuracy[name] = accuracy(xtts, voice, 100, {**options, "precision": name})
     if memory and checkpoint is None:
-        results.memory = {name: peak_memory(name, min(lengths), small) for name in variants}
+        released = [name + RELEASED for name in precisions if HOST[name].linears != "fp32"]
+        results.memory = {name: peak_memory(name, min(lengths), small) for name in (*variants, *released)}
     return results
 
 
