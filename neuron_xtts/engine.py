@@ -133,7 +133,8 @@ class Engine:
         if disabled():
             self.counters.count_fallback(name, f"{DISABLE_VARIABLE} is set")
             return original  # type: ignore[no-any-return]
-        served, steps = self._attempt(name, partial(route, *args, **kwargs), count=False)
+        with self._lock:
+            served, steps = self._attempt(name, partial(route, *args, **kwargs), count=False)
         return self._steps(name, steps, original) if served else original
 
     def _steps(self, name: str, steps: Iterator[Any], original: Iterator[Any]) -> Iterator[Any]:

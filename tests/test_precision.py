@@ -290,6 +290,6 @@ def test_a_full_disk(xtts, voice, tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr("neuron_xtts.backends.converted.tempfile.NamedTemporaryFile", full)
     neuron_xtts.patch(xtts, backend="cpu", precision=Precision("int8", release=True), store=tmp_path)
-    assert "fp32 weights stay in memory" in caplog.text
+    assert caplog.text.count("fp32 weights stay in memory: [Errno 28] No space left on device") == 1
     speak(xtts, voice, max_new_tokens=5)
     neuron_xtts.unpatch(xtts)

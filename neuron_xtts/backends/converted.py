@@ -104,9 +104,12 @@ class Aside:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._moved: list[tuple[nn.Parameter, int]] = []
+        self._full = False
 
     def move(self, parameter: nn.Parameter) -> None:
-        """Move a parameter, unless the disk is full."""
+        """Move a parameter; where that fails, as on a full disk, it stays, and so do those that come later."""
+        if self._full:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.folder) as file:
@@ -115,6 +118,7 @@ class Aside:
                 mapped = torch.from_file(file.name, shared=False, size=parameter.numel(), dtype=parameter.dtype)
         except OSError as error:
             logger.warning("fp32 weights stay in memory: %s", error)
+            self._full = True
             return
         parameter.data = mapped.view(parameter.shape)
         self._moved.append((parameter, mapped.data_ptr()))
