@@ -198,7 +198,7 @@ def test_wrong_bound(xtts, value):
     assert not neuron_xtts.is_patched(xtts)
 
 
-def test_what_is_not_remembered(xtts, plain, recording):
+def test_what_is_not_remembered(xtts, plain, recording, caplog):
     """coqui-tts computes it every time; with strict=True, too, since no graph was passed over."""
     neuron_xtts.patch(xtts, strict=True)
     theirs = plain.get_conditioning_latents(recording)
@@ -221,6 +221,7 @@ def test_what_is_not_remembered(xtts, plain, recording):
     assert torch.equal(ours, autocast)
     assert fallbacks(xtts, LATENTS) == {"a reference that is not a file": 1, "forward hooks": 1, "training mode": 1}
     assert fallbacks(xtts, EMBEDDING) == {"forward hooks": 1, "training mode": 1, "autocast": 1}
+    assert caplog.text.count(f"{LATENTS}: a voice is not remembered: forward hooks") == 1
 
 
 def test_errors_are_coqui_s_own(xtts, plain, recording, tmp_path):

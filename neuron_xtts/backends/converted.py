@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 import tempfile
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from neuron_xtts.errors import Fallback
@@ -25,15 +27,17 @@ from neuron_xtts.weights import stamp, tensors_of
 
 logger = logging.getLogger(__name__)
 
-# Rows up to which a split product was faster, measured at 1 to 32; prefill and latents have more.
-_SPLIT_ROWS = 32
+# Rows up to which a split product was faster, measured at 1 to 140.
+_SPLIT_ROWS = 128
 
 
 def split_linear(module: Any, x: Tensor) -> Tensor:
     """``module(x)``; for few rows and a GPT-2 ``Conv1D`` the product is split so that every thread streams weights.
 
     With few rows the product is bound by reading the weight. MKL reads it well below the memory's bandwidth; one
-    product per thread, each over its share of the input channels, comes closer (measured in docs/performance.md).
+    product per thread, each over its share of the input channels, comes closer. One row is a weighted sum of the
+    weight's rows, which is what an embedding bag computes: FBGEMM's reads at the memory's bandwidth (measured in
+    docs/performance.md).
     """
     rows = x.numel() // x.shape[-1]
     if rows > _SPLIT_ROWS or type(module) is not Conv1D or module._forward_hooks or module._forward_pre_hooks:
@@ -43,10 +47,22 @@ def split_linear(module: Any, x: Tensor) -> Tensor:
     parts = torch.get_num_threads()
     while weight.shape[0] % parts:
         parts -= 1
+    if rows == 1 and weight.is_contiguous():
+        indices, offsets = _bags(weight.shape[0], parts)
+        sums = F.embedding_bag(indices, weight, offsets, mode="sum", per_sample_weights=x.reshape(-1))
+        one: Tensor = sums.sum(0) + module.bias
+        return one.view(*x.shape[:-1], -1)
     x_parts = x.reshape(rows, parts, -1).transpose(0, 1)  # (parts, rows, channels in / parts)
     products = torch.bmm(x_parts, weight.view(parts, -1, weight.shape[1]))  # (parts, rows, channels out)
     product: Tensor = products.sum(0) + module.bias
     return product.view(*x.shape[:-1], -1)
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _bags(rows: int, parts: int) -> tuple[Tensor, Tensor]:
+    """All rows of a table in as many bags: their indices, and where each bag begins."""
+    return torch.arange(rows), torch.arange(parts) * (rows // parts)
 
 
 Product = Callable[[Tensor], Tensor]
@@ -121,6 +137,7 @@ class Aside:
             self._full = True
             return
         parameter.data = mapped.view(parameter.shape)
+        give_back_memory()
         self._moved.append((parameter, mapped.data_ptr()))
 
     def bring_back(self) -> None:
@@ -176,8 +193,6 @@ class Linears:
                     self.aside.move(layer.weight)
         finally:
             torch.backends.quantized.engine = engine
-        if self.aside:
-            give_back_memory()
         self._stamp = state()
         seconds = time.perf_counter() - start
         logger.info("%d linear layers converted to %s in %.1f s", len(layers), self.kind, seconds)

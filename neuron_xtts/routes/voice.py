@@ -7,6 +7,7 @@ the recording, so that neither a copied file is new nor a changed one known.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import threading
 import time
@@ -24,6 +25,8 @@ from neuron_xtts.errors import Fallback
 from neuron_xtts.hooks import check_unhooked
 from neuron_xtts.store import file_digest
 from neuron_xtts.weights import stamp, tensor_digest, tensors_of
+
+logger = logging.getLogger(__name__)
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -65,7 +68,8 @@ class VoiceRoute:
             try:
                 key, reason = self._key(wrapped, args, kwargs)
                 if reason:
-                    counters.count_fallback(self.name, reason)
+                    if counters.count_fallback(self.name, reason):
+                        logger.warning("%s: a voice is not remembered: %s", self.name, reason)
                     return wrapped(*args, **kwargs)
                 voice = self._known.pop(key, None)
                 if voice is not None:
