@@ -71,13 +71,14 @@ class VoiceRoute:
                     if counters.count_fallback(self.name, reason):
                         logger.warning("%s: a voice is not remembered: %s", self.name, reason)
                     return wrapped(*args, **kwargs)
-                voice = self._known.pop(key, None)
+                voice, same = self._known.pop(key, None), True
                 if voice is not None:
                     counters.count_handed_over(self.name)
                 else:
                     voice = wrapped(*args, **kwargs)
+                    same = self._key(wrapped, args, kwargs) == (key, None)  # or was the file written to meanwhile?
                 counters.count_served(self.name)
-                if self._key(wrapped, args, kwargs) == (key, None):  # the file may have been written to meanwhile
+                if same:
                     self._known[key] = voice
                     if len(self._known) > self._voices:
                         self._known.popitem(last=False)
