@@ -177,14 +177,14 @@ def test_tolerances_follow_the_casts():
 
 
 def test_bad_precisions(xtts):
-    with pytest.raises(ValueError, match="precision 'fp8' does not exist; choose one of 'fp32', 'bf16', 'bf16-all'"):
+    with pytest.raises(ValueError, match="precision 'fp8' does not exist; choose one of 'fp32', 'bf16', 'int8'"):
         Precision("fp8")
     with pytest.raises(ValueError, match="there is no graph 'vocode'; choose one of 'prefill'"):
         Precision("fp32", {"vocode": "-O2"})
     with pytest.raises(TypeError, match="compiler arguments of vocoder must be a string, got a list"):
         Precision("fp32", {"vocoder": ["-O2"]})
-    for precision in ("bf16", Precision("bf16")):
-        with pytest.raises(ValueError, match="'bf16' does not exist on the host; choose one of 'fp32'"):
+    for precision in ("bf16-all", Precision("bf16-all")):
+        with pytest.raises(ValueError, match="'bf16-all' does not exist on the host; choose one of 'fp32', 'bf16'"):
             neuron_xtts.patch(xtts, backend="cpu", precision=precision)
 
 
