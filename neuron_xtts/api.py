@@ -104,7 +104,7 @@ def patch(
             among those the process may use; ``"auto"``: Neuron if its packages and a device are there, else the host.
         precision: of the graphs: ``"fp32"``, which on the host gives coqui-tts's own audio; on Neuron also ``"bf16"``
             and ``"bf16-all"``, or a `Precision` with compiler arguments for single graphs.
-        buckets: the sizes of the graphs; by default the backend's own: exact shapes on the host,
+        buckets: the sizes of the graphs; by default the backend's own: on the host exact shapes but for the vocoder,
             `BucketPlan.static` on Neuron.
         store: folder of the compiled graphs; by default what NEURON_XTTS_CACHE names, else the user's cache folder.
         strict: raise `FallbackError` where a call would fall back to coqui-tts.

@@ -17,6 +17,8 @@ _RECORDERS = "transformers."
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether ``module`` has forward hooks that do more than record."""
+    if not (module._forward_hooks or module._forward_pre_hooks):
+        return False
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return any(not _records(hook) for hook in hooks)
 

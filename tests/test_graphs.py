@@ -5,9 +5,11 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from TTS.vocoder.models.hifigan_generator import HifiganGenerator
 
-from neuron_xtts.backends.converted import split_linear
+from neuron_xtts.backends.kernels import attend, lazy_zeros, split_linear
 from neuron_xtts.graphs import conditioning, transformer, vocoder
 from neuron_xtts.graphs.transformer import MASKED, Decode, Latents, Prefill, Trunk, attention
 from neuron_xtts.graphs.vocoder import Vocoder, receptive_field
@@ -78,6 +80,40 @@ def test_both_forms_of_attention():
     torch.testing.assert_close(plain.as_subclass(torch.Tensor), fused)
 
 
+@given(
+    rows=st.integers(1, 2), heads=st.integers(1, 4), queries=st.integers(1, 2), used=st.integers(1, 70),
+    spare=st.integers(0, 70), offset=st.integers(0, 3), has_mask=st.booleans(),
+)  # fmt: skip
+@torch.no_grad()
+def test_attention_to_the_first_positions_of_a_cache(rows, heads, queries, used, spare, offset, has_mask):
+    """For one query, the embedding bag finds its rows wherever the cache is, and sees none of the spare ones."""
+    cache = torch.full((offset + 2, rows, heads, used + spare, 8), torch.inf, dtype=torch.double)
+    cache[:, :, :, :used] = torch.randn(offset + 2, rows, heads, used, 8, dtype=torch.double)
+    k, v = cache[offset:, :, :, :used].unbind(0)
+    q = torch.randn(rows, heads, queries, 8, dtype=torch.double)
+    mask = torch.randn(queries, used, dtype=torch.double) if has_mask else None
+    torch.testing.assert_close(attend(q, k, v, mask), attention(q, k, v, mask))
+
+
+def test_values_in_another_order():
+    """Values whose heads do not lie one after the other."""
+    q, k = torch.randn(1, 3, 1, 8), torch.randn(1, 3, 9, 8)
+    for v in (
+        torch.randn(1, 9, 3, 8).transpose(1, 2),
+        torch.randn(1, 3, 8, 9).mT,
+        torch.randn(1, 1, 9, 8).expand_as(k),
+    ):
+        torch.testing.assert_close(attend(q, k, v), attention(q, k, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_lazy_zeros(dtype):
+    zeros = lazy_zeros((2, 3, 5), dtype)
+    assert torch.equal(zeros, torch.zeros(2, 3, 5, dtype=dtype))
+    zeros += 1
+    assert zeros.sum() == 30
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_split_product(gpt, threads):
@@ -85,9 +121,11 @@ def test_split_product(gpt, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for module in (gpt.gpt.h[0].attn.c_attn, gpt.gpt.h[0].mlp.c_proj):
+        headless = torch.nn.Linear(6, 7, bias=False, dtype=torch.double)
+        for module in (gpt.mel_head, headless, gpt.gpt.h[0].attn.c_attn, gpt.gpt.h[0].mlp.c_proj):
             for rows in (1, 5, 40):
-                x = torch.randn(rows, 1, module.weight.shape[0], dtype=torch.double)
+                channels = module.weight.shape[1 if isinstance(module, torch.nn.Linear) else 0]
+                x = torch.randn(rows, 1, channels, dtype=torch.double)
                 torch.testing.assert_close(split_linear(module, x), module(x))
         handle = module.register_forward_hook(lambda module, inputs, output: output + 1)
         torch.testing.assert_close(split_linear(module, x[:1]), module(x[:1]))

@@ -333,3 +333,11 @@ def test_one_trunk_call_per_code(xtts, voice):
     assert sum(counts.runs for counts in report.graphs["prefill"].values()) == 1
     assert "latents" not in report.graphs
     assert report.routes["GPT.forward"].handed_over == 1
+
+
+def test_hooks_of_positions(xtts, voice):
+    """Nothing stands against graphs: embeddings are made on the host, by the model's own modules."""
+    xtts.gpt.mel_pos_embedding.emb.register_forward_hook(lambda module, inputs, output: output * 1.5)
+    theirs = speak(xtts, voice, max_new_tokens=15)
+    neuron_xtts.patch(xtts, strict=True)
+    assert_same_speech(speak(xtts, voice, max_new_tokens=15), theirs)

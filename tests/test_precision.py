@@ -10,7 +10,8 @@ from helpers import all_fallbacks, assert_identical, dicts, fallbacks, speak, st
 import neuron_xtts
 from neuron_xtts import BucketPlan, Precision
 from neuron_xtts.api import find_patch
-from neuron_xtts.backends.converted import HostVocoder, fp16_product, int8_product
+from neuron_xtts.backends.converted import HostVocoder
+from neuron_xtts.backends.kernels import fp16_product, int8_product
 from neuron_xtts.benchmarks.sentence import accuracy, magnitudes, snr
 from neuron_xtts.demo import random_tts
 from neuron_xtts.graphs.vocoder import Vocoder

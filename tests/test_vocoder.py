@@ -150,8 +150,9 @@ def test_all_of_it_known(xtts, voice):
     latents = torch.randn(1, 30, 64)
     neuron_xtts.patch(xtts, strict=True)
     first = xtts.hifigan_decoder(latents, g=voice[1])
+    once = work(xtts)
     assert torch.equal(xtts.hifigan_decoder.inference(latents.clone(), voice[1]), first)
-    assert work(xtts) == frames(30)
+    assert work(xtts) == once > 0
     routes = neuron_xtts.report(xtts).routes
     assert [routes[name].handed_over for name in ("HifiDecoder.forward", "HifiDecoder.inference")] == [0, 1]
     assert all_fallbacks(xtts) == {}

@@ -7,103 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from neuron_xtts.backends.kernels import Product, fp16_product, int8_product, split_linear
 from neuron_xtts.errors import Fallback
 from neuron_xtts.graphs.vocoder import Vocoder, channels_last, fold_weight_norm
 from neuron_xtts.hooks import is_hooked
 from neuron_xtts.weights import stamp, tensors_of
 
 logger = logging.getLogger(__name__)
-
-# Rows up to which a split product was faster, measured at 1 to 140.
-_SPLIT_ROWS = 128
-
-
-def split_linear(module: Any, x: Tensor) -> Tensor:
-    """``module(x)``; for few rows and a GPT-2 ``Conv1D`` the product is split so that every thread streams weights.
-
-    With few rows the product is bound by reading the weight. MKL reads it well below the memory's bandwidth; one
-    product per thread, each over its share of the input channels, comes closer. One row is a weighted sum of the
-    weight's rows, which is what an embedding bag computes: FBGEMM's reads at the memory's bandwidth (measured in
-    docs/performance.md).
-    """
-    rows = x.numel() // x.shape[-1]
-    if rows > _SPLIT_ROWS or type(module) is not Conv1D or module._forward_hooks or module._forward_pre_hooks:
-        whole: Tensor = module(x)
-        return whole
-    weight: Tensor = module.weight  # (channels in, channels out)
-    parts = torch.get_num_threads()
-    while weight.shape[0] % parts:
-        parts -= 1
-    if rows == 1 and weight.is_contiguous():
-        indices, offsets = _bags(weight.shape[0], parts)
-        sums = F.embedding_bag(indices, weight, offsets, mode="sum", per_sample_weights=x.reshape(-1))
-        one: Tensor = sums.sum(0) + module.bias
-        return one.view(*x.shape[:-1], -1)
-    x_parts = x.reshape(rows, parts, -1).transpose(0, 1)  # (parts, rows, channels in / parts)
-    products = torch.bmm(x_parts, weight.view(parts, -1, weight.shape[1]))  # (parts, rows, channels out)
-    product: Tensor = products.sum(0) + module.bias
-    return product.view(*x.shape[:-1], -1)
-
-
-@functools.cache
-@torch.inference_mode(False)
-def _bags(rows: int, parts: int) -> tuple[Tensor, Tensor]:
-    """All rows of a table in as many bags: their indices, and where each bag begins."""
-    return torch.arange(rows), torch.arange(parts) * (rows // parts)
-
-
-Product = Callable[[Tensor], Tensor]
-
-
-def fp16_product(weight: Tensor, bias: Tensor) -> tuple[Product, int]:
-    """``x @ weight + bias`` with weights kept in fp16 and computed with in fp32, and the bytes they take."""
-    packed = torch.ops.quantized.linear_prepack_fp16(weight.t().contiguous(), bias)
-
-    def product(x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, packed)
-        return y
-
-    return product, 2 * weight.numel()
-
-
-def int8_product(weight: Tensor, bias: Tensor) -> tuple[Product, int]:
-    """``x @ weight + bias`` in int8, and the bytes the weights take.
-
-    One scale per output channel, and one per row of ``x``, found when it comes: rows do not know of each other.
-    """
-    transposed = weight.t().contiguous()  # (channels out, channels in)
-    scales = transposed.abs().amax(1).clamp_min(1e-12) / 127
-    zeros = torch.zeros(len(scales), dtype=torch.long)
-    quantized = torch.quantize_per_channel(transposed, scales.double(), zeros, 0, torch.qint8)
-    packed = torch.ops.quantized.linear_prepack(quantized, bias)
-    # Without VNNI, FBGEMM adds pairs of products in 16 bits, where only 7 bits of an activation are safe.
-    reduce_range = not cpu_has("avx512_vnni", "avx_vnni")
-
-    def product(x: Tensor) -> Tensor:
-        y: Tensor
-        if x.numel() == x.shape[-1]:
-            y = torch.ops.quantized.linear_dynamic(x, packed, reduce_range)
-            return y
-        # The operator knows one scale for all rows: make them alike first.
-        size = x.abs().amax(-1, keepdim=True).clamp_min_(1e-12)
-        y = torch.ops.quantized.linear_dynamic(x / size, packed, reduce_range)
-        return y.sub_(bias).mul_(size).add_(bias)
-
-    return product, weight.numel()
-
 
 _PRODUCTS = {"fp16": fp16_product, "int8": int8_product}
 
@@ -253,7 +174,7 @@ class HostVocoder:
         """See `Vocoder.forward`."""
         frames, speaker = frames.unsqueeze(2).to(self.dtype), speaker.unsqueeze(2).to(self.dtype)
         if mask is not None:
-            mask = mask.unsqueeze(2).to(self.dtype)
+            mask = None if mask.all() else mask.unsqueeze(2).to(self.dtype)
         (audio,) = self._copy(frames.contiguous(memory_format=torch.channels_last), speaker, mask)
         return (audio.squeeze(2),)
 
@@ -280,13 +201,3 @@ def give_back_memory() -> None:
     """Have the C library return freed memory to the operating system, where it can be asked to."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def cpu_has(*flags: str) -> bool:
-    """Whether the CPU has one of these instruction sets, as Linux names them."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            line = next((line for line in file if line.startswith("flags")), "")
-    except OSError:
-        return False
-    return not set(flags).isdisjoint(line.split())

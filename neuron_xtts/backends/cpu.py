@@ -1,4 +1,4 @@
-"""The host backend: graphs run eagerly, in exact shapes unless told otherwise."""
+"""The host backend: graphs run eagerly, in exact shapes where that is fastest, unless told otherwise."""
 
 from __future__ import annotations
 
@@ -10,14 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_xtts.backends.converted import Aside, HostVocoder, Linears, cpu_has
+from neuron_xtts.backends.converted import Aside, HostVocoder, Linears
+from neuron_xtts.backends.kernels import attend, cpu_has, lazy_zeros
 from neuron_xtts.buckets import Bucket, BucketPlan
 from neuron_xtts.errors import Fallback
 from neuron_xtts.graphs.transformer import Decode, Trunk
+from neuron_xtts.graphs.vocoder import receptive_field
 from neuron_xtts.precision import HOST, HostPrecision
 
 # Positions by which a state grows: growing copies, and this keeps it rare where shapes are exact.
-_GROWTH = 128
+_GROWTH = 512
+
+# Frames of the vocoder's windows. oneDNN takes 0.03 to 0.1 s to prepare the convolutions for a length that is new to
+# it, and keeps those of some 24 lengths; longer windows outgrow the caches. Fine steps where streams have windows.
+_WINDOWS = (*range(30, 241, 15), *range(270, 511, 30))
+
+
+def host_plan(graphs: Mapping[str, Any]) -> BucketPlan:
+    """The default plan: exact shapes, but for the vocoder."""
+    halo = max(receptive_field(graphs["vocoder"])) if "vocoder" in graphs else 0
+    return BucketPlan(vocoder=tuple(size for size in _WINDOWS if size > 2 * halo) or None)
 
 
 class CpuBackend:
@@ -25,7 +37,7 @@ class CpuBackend:
 
     Args:
         graphs: the graphs by name, as `Backend.run` knows them, and ``decode``.
-        plan: the buckets; None for exact shapes.
+        plan: the buckets; None for `host_plan`.
         precision: of the graphs.
         aside: a folder where the model's own weights go while converted ones stand in for them; None to keep them.
     """
@@ -39,7 +51,7 @@ class CpuBackend:
         precision: HostPrecision = HOST["fp32"],
         aside: Path | None = None,
     ) -> None:
-        self.plan = plan or BucketPlan()
+        self.plan = plan or host_plan(graphs)
         self.precision = precision.name
         self.missing: dict[tuple[str, Bucket], str] = {}
         self._graphs = dict(graphs)
@@ -49,6 +61,7 @@ class CpuBackend:
             for module in graph.children():
                 if isinstance(module, Trunk):
                     module.linear = self._linears
+                    module.attend = attend
                     self._trunks[name] = module
         if "vocoder" in graphs:
             in_bf16 = precision.vocoder == "bf16" and cpu_has("avx512_bf16", "amx_bf16")
@@ -88,8 +101,7 @@ class CpuBackend:
 class HostState:
     """The decode graph with its keys and values in one tensor (2 * blocks, B, H, S, K): all keys, then all values.
 
-    Zeros, since what a slot holds before it is written must be finite. The operating system hands out their memory
-    only as slots are written.
+    Zeros, since what a slot holds before it is written must be finite.
     """
 
     def __init__(self, decode: Decode, rows: int, positions: int) -> None:
@@ -97,7 +109,7 @@ class HostState:
         trunk = decode.trunk
         channels = trunk.ln_f.weight.shape[0] // trunk.heads
         shape = (2 * len(trunk.h), rows, trunk.heads, _rounded(positions), channels)
-        self._data = torch.zeros(shape, dtype=trunk.ln_f.weight.dtype)
+        self._data = lazy_zeros(shape, trunk.ln_f.weight.dtype)
 
     @property
     def positions(self) -> int:
@@ -112,7 +124,7 @@ class HostState:
     def grow(self, positions: int) -> None:
         """See `DecodeState.grow`."""
         blocks, rows, heads, held, channels = self._data.shape
-        grown = self._data.new_zeros((blocks, rows, heads, _rounded(positions), channels))
+        grown = lazy_zeros((blocks, rows, heads, _rounded(positions), channels), self._data.dtype)
         grown[:, :, :, :held] = self._data
         self._data = grown
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuron_xtts.backends.kernels import lazy_zeros
 from neuron_xtts.buckets import Bucket, BucketPlan, bucket_name
 from neuron_xtts.errors import ArtifactError, Fallback, describe
 from neuron_xtts.graphs.transformer import OUTPUTS, Decode
@@ -258,8 +259,7 @@ class NeuronState:
     def _empty(self) -> Tensor:
         decode: Decode = self._backend.graphs["decode"]
         shape = (self._graph.recipe.states, *decode.cache_shape(*self._bucket))
-        # Zeros: what a slot holds must be finite, and the operating system hands out their memory as it is written.
-        return torch.zeros(shape, dtype=decode.head.weight.dtype)
+        return lazy_zeros(shape, decode.head.weight.dtype)  # zeros: what a slot holds must be finite
 
     @property
     def positions(self) -> int:

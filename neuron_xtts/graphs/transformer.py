@@ -45,6 +45,7 @@ class Trunk(nn.Module):
 
     Attributes:
         linear: how a linear layer is applied: ``linear(module, x)``, which a backend may replace.
+        attend: how one position attends to the cache, as `attention`, which a backend may replace.
     """
 
     # Modules of the model, by duck typing.
@@ -58,7 +59,9 @@ class Trunk(nn.Module):
         self.ln_f = gpt2.ln_f
         self.final_norm = final_norm
         self.heads = heads
-        self.linear: Callable[[nn.Module, Tensor], Tensor] = apply  # not a lambda: graphs are pickled to be compiled
+        # Not lambdas: graphs are pickled to be compiled.
+        self.linear: Callable[[nn.Module, Tensor], Tensor] = apply
+        self.attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = attention
 
     def extra_repr(self) -> str:
         """What the weights do not say."""
@@ -163,9 +166,9 @@ class Decode(nn.Module):
             q, k, v = self.trunk.qkv(block, x)  # (B, H, 1, K)
             write(keys, k)
             write(values, v)
-            x = self.trunk.rest(block, x, attention(q, keys, values, mask))
+            x = self.trunk.rest(block, x, self.trunk.attend(q, keys, values, mask))
         latents = self.trunk.latents(x)[:, 0]
-        return latents, self.head(latents)
+        return latents, self.trunk.linear(self.head, latents)
 
     def example(self, slots: int, positions: int) -> dict[str, Tensor]:
         """Inputs by name, the rows at different positions."""

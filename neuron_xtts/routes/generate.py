@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from neuron_xtts.engine import Engine
 from neuron_xtts.errors import Fallback
 from neuron_xtts.graphs.transformer import MASKED
+from neuron_xtts.hooks import is_hooked
 from neuron_xtts.routes.latents import LatentsMemo, check_trunk, embed_text
 from neuron_xtts.sampling import Sampling
 
@@ -90,14 +92,15 @@ class Generation:
         gpt, sampling = self.engine.gpt, self.sampling
         self.decoding = Decoding(self.engine, self.prefix, sampling.num_return_sequences)
         processors = sampling.processors(self.prefix.shape[1], gpt.stop_audio_token)
-        unfinished = torch.ones(len(self.ids), dtype=torch.bool)
+        stopped: set[int] = set()  # rows
         for step, (latents, logits) in enumerate(self.decoding):
             codes = sampling.draw(processors(self.ids, logits))
-            codes = torch.where(unfinished, codes, gpt.stop_audio_token)
+            if stopped:
+                codes[list(stopped)] = gpt.stop_audio_token
             self.ids = torch.cat([self.ids, codes[:, None]], dim=1)
             yield codes, latents
-            unfinished &= codes != gpt.stop_audio_token
-            if step + 1 == sampling.max_new_tokens or not unfinished.any():
+            stopped.update(row for row, code in enumerate(codes.tolist()) if code == gpt.stop_audio_token)
+            if step + 1 == sampling.max_new_tokens or len(stopped) == len(self.ids):
                 return
             self.decoding.feed(embed_code(gpt, codes, step + 1))
 
@@ -113,9 +116,18 @@ def embed_prefix(gpt: Any, cond_latents: Tensor, text_inputs: Tensor) -> Tensor:
 
 def embed_code(gpt: Any, codes: Tensor, position: int) -> Tensor:
     """Embeddings (B, 1, D) of one code (B,) per row at ``position`` of the audio."""
-    position_embed = gpt.mel_pos_embedding.get_fixed_embedding(position, codes.device)  # (1, 1, D)
+    positions = gpt.mel_pos_embedding
+    if type(positions).__name__ == "LearnedPositionEmbeddings" and is_plain_table(positions.emb):
+        position_embed = positions.emb.weight[position]  # a tenth of the loop faster
+    else:
+        position_embed = positions.get_fixed_embedding(position, codes.device)  # (1, 1, D)
     embeds: Tensor = gpt.mel_embedding(codes[:, None]) + position_embed
     return embeds
+
+
+def is_plain_table(embedding: nn.Module) -> bool:
+    """Whether calling ``embedding`` does nothing but look up rows."""
+    return type(embedding) is nn.Embedding and not is_hooked(embedding)
 
 
 class Decoding:
@@ -167,7 +179,8 @@ class Decoding:
             self.state.grow(width)
         spare = self.slots - self.rows
         positions = torch.tensor([self.length] * self.rows + [0] * spare, dtype=torch.int32)
-        embeds = F.pad(embeds, (0, 0, 0, 0, 0, spare))
+        if spare:
+            embeds = F.pad(embeds, (0, 0, 0, 0, 0, spare))
         mask = self._mask(width)
         self.length += 1
         latents, logits = self.engine.step(self.state, self.rows * self.length, embeds, positions, mask)
@@ -175,6 +188,8 @@ class Decoding:
 
     def _mask(self, width: int) -> Tensor:
         """The mask (slots, 1, 1, width) of the step that writes position ``length``."""
+        if self.rows == self.slots and self.length + 1 == width:
+            return self.mask.new_zeros(self.slots, 1, 1, width)
         if self.mask.shape[-1] != width:
             self.mask = self.mask.new_full((self.slots, 1, 1, width), MASKED)
             self.mask[..., 0] = 0  # of a spare row too, which must see something
@@ -184,7 +199,7 @@ class Decoding:
 
     @staticmethod
     def _checked(latents: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        if not logits.isfinite().all():
+        if not math.isfinite(logits.sum()):
             raise Fallback("logits that are not finite")
         return latents, logits
 

@@ -1,0 +1,169 @@
+"""Products of the host backend for few rows, where a step is bound by reading weights and cache from memory.
+
+All are operators of torch; what is measured of them stands in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from neuron_xtts.graphs.transformer import attention
+
+# Rows up to which a split product was faster, measured at 1 to 140.
+_SPLIT_ROWS = 128
+
+# Called from Python, an operator with packed weights takes 15 us before it begins; from TorchScript 6. (A string,
+# because torch.jit.script wants the source file at run time.)
+_packed = torch.jit.CompilationUnit(
+    """
+def fp16(x: Tensor, weight: __torch__.torch.classes.quantized.LinearPackedParamsBase):
+    return torch.ops.quantized.linear_dynamic_fp16(x, weight)
+
+def int8(x: Tensor, weight: __torch__.torch.classes.quantized.LinearPackedParamsBase, reduce_range: bool):
+    return torch.ops.quantized.linear_dynamic(x, weight, reduce_range)
+"""
+)
+
+Product = Callable[[Tensor], Tensor]
+
+
+def split_linear(module: Any, x: Tensor) -> Tensor:
+    """``module(x)``; for few rows the product is split so that every thread streams weights.
+
+    With few rows the product is bound by reading the weight. MKL reads it well below the memory's bandwidth; one
+    product per thread, each over its share of the channels, comes closer. One row of a GPT-2 ``Conv1D`` is a weighted
+    sum of the weight's rows, which is what an embedding bag computes: FBGEMM's reads at the memory's bandwidth.
+    """
+    rows = x.numel() // x.shape[-1]
+    kind = type(module)
+    if rows <= _SPLIT_ROWS and not (module._forward_hooks or module._forward_pre_hooks):
+        if kind is Conv1D:
+            return _split_conv1d(module, x, rows)
+        if kind is nn.Linear and rows == 1 and module.weight.is_contiguous():
+            return _split_row(module, x)
+    whole: Tensor = module(x)
+    return whole
+
+
+def _split_conv1d(module: Any, x: Tensor, rows: int) -> Tensor:
+    weight: Tensor = module.weight  # (channels in, channels out)
+    parts = _parts(weight.shape[0])
+    if rows == 1 and weight.is_contiguous():
+        sums = _bags(weight, *_every_row(weight.shape[0], parts), x.reshape(-1))
+        one: Tensor = sums.sum(0) + module.bias
+        return one.view(*x.shape[:-1], -1)
+    x_parts = x.reshape(rows, parts, -1).transpose(0, 1)  # (parts, rows, channels in / parts)
+    products = torch.bmm(x_parts, weight.view(parts, -1, weight.shape[1]))  # (parts, rows, channels out)
+    product: Tensor = products.sum(0) + module.bias
+    return product.view(*x.shape[:-1], -1)
+
+
+def _split_row(module: Any, x: Tensor) -> Tensor:
+    channels_out, channels_in = module.weight.shape
+    parts = _parts(channels_out)
+    weights = module.weight.view(parts, -1, channels_in).transpose(1, 2)
+    product = torch.bmm(x.reshape(1, 1, channels_in).expand(parts, -1, -1), weights).view(*x.shape[:-1], channels_out)
+    return product if module.bias is None else product + module.bias
+
+
+def _parts(channels: int) -> int:
+    """How many equal parts, one per thread if that is possible."""
+    parts = torch.get_num_threads()
+    while channels % parts:
+        parts -= 1
+    return parts
+
+
+def _bags(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums of rows of ``table``, one per bag."""
+    sums: Tensor = torch.embedding_bag(table, indices, offsets, False, 0, False, weights)[0]
+    return sums
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _every_row(rows: int, bags: int) -> tuple[Tensor, Tensor]:
+    """All rows of a table in as many bags: their indices, and where each bag begins."""
+    return torch.arange(rows), torch.arange(bags) * (rows // bags)
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _first_rows(heads: int, slots: int, used: int) -> tuple[Tensor, Tensor]:
+    """Of a table of ``slots`` rows per head the first ``used``, a bag per head."""
+    indices = torch.arange(heads)[:, None] * slots + torch.arange(used)
+    return indices.view(-1), torch.arange(heads) * used
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`attention`, where one query (1, H, 1, K) meets a cache in two products that read it at the memory's speed."""
+    heads, used, channels = k.shape[1:]
+    slots = v.stride(1) // channels
+    if mask is not None or q.shape[0] != 1 or q.shape[2] != 1 or v.stride()[1:] != (slots * channels, channels, 1):
+        return attention(q, k, v, mask)
+    scores = torch.bmm(q[0], k[0].transpose(1, 2)).mul_(channels**-0.5)  # (H, 1, S)
+    shares = torch.softmax(scores, -1).view(-1)
+    # Every row of values weighted by its share: an embedding bag per head.
+    table = v.as_strided(((heads - 1) * slots + used, channels), (channels, 1))
+    return _bags(table, *_first_rows(heads, slots, used), shares).view(q.shape)
+
+
+def fp16_product(weight: Tensor, bias: Tensor) -> tuple[Product, int]:
+    """``x @ weight + bias`` with weights kept in fp16 and computed with in fp32, and the bytes they take."""
+    packed = torch.ops.quantized.linear_prepack_fp16(weight.t().contiguous(), bias)
+    multiply = _packed.fp16
+
+    def product(x: Tensor) -> Tensor:
+        y: Tensor = multiply(x, packed)
+        return y
+
+    return product, 2 * weight.numel()
+
+
+def int8_product(weight: Tensor, bias: Tensor) -> tuple[Product, int]:
+    """``x @ weight + bias`` in int8, and the bytes the weights take.
+
+    One scale per output channel, and one per row of ``x``, found when it comes: rows do not know of each other.
+    """
+    transposed = weight.t().contiguous()  # (channels out, channels in)
+    scales = transposed.abs().amax(1).clamp_min(1e-12) / 127
+    zeros = torch.zeros(len(scales), dtype=torch.long)
+    quantized = torch.quantize_per_channel(transposed, scales.double(), zeros, 0, torch.qint8)
+    packed = torch.ops.quantized.linear_prepack(quantized, bias)
+    # Without VNNI, FBGEMM adds pairs of products in 16 bits, where only 7 bits of an activation are safe.
+    reduce_range = not cpu_has("avx512_vnni", "avx_vnni")
+    multiply = _packed.int8
+
+    def product(x: Tensor) -> Tensor:
+        y: Tensor
+        if x.numel() == x.shape[-1]:
+            y = multiply(x, packed, reduce_range)
+            return y
+        # The operator knows one scale for all rows: make them alike first.
+        size = x.abs().amax(-1, keepdim=True).clamp_min_(1e-12)
+        y = multiply(x / size, packed, reduce_range)
+        return y.sub_(bias).mul_(size).add_(bias)
+
+    return product, weight.numel()
+
+
+def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros whose memory the operating system hands out as they are written."""
+    return torch.from_numpy(numpy.zeros(shape, torch.empty(0, dtype=dtype).numpy().dtype))
+
+
+def cpu_has(*flags: str) -> bool:
+    """Whether the CPU has one of these instruction sets, as Linux names them."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            line = next((line for line in file if line.startswith("flags")), "")
+    except OSError:
+        return False
+    return not set(flags).isdisjoint(line.split())
