@@ -98,24 +98,30 @@ def _parser() -> argparse.ArgumentParser:
         parents=[model, neuron],
         help="measure, patched against unpatched",
         description="Measure patched against unpatched coqui-tts, in turns, in one process, with a known voice. "
-        "sentence: seconds by stage in every precision, accuracy, memory. stream: time to first audio and time per "
-        "chunk. Full size takes half an hour on two cores.",
+        "sentence: seconds by stage in every precision, first audio, accuracy, memory. stream: time to first audio and "
+        "time per chunk. graphs: GPT.forward, vocoder and generation by themselves, mean and deviation. Full size "
+        "takes half an hour on two cores.",
     )
     bench.set_defaults(run=_bench)
     bench.add_argument(
-        "what", choices=("sentence", "stream"), nargs="?", default="sentence", help="(default: sentence)"
+        "what", choices=("sentence", "stream", "graphs"), nargs="?", default="sentence", help="(default: sentence)"
     )
     bench.add_argument(
         "--codes", type=_positive, nargs="+", help="of each sentence or stream (default: 50 100 200 400; 100 300 600)"
     )
     bench.add_argument("--chunk", type=_positive, default=20, help="codes per chunk of a stream (default: %(default)s)")
     bench.add_argument(
-        "--precisions", nargs="+", metavar="NAME", help="of sentences (default: all that the backend has)"
+        "--precisions", nargs="+", metavar="NAME", help="of sentences and graphs (default: all that the backend has)"
     )
-    bench.add_argument("--rounds", type=_positive, default=3, help="(default: %(default)s)")
+    bench.add_argument("--rounds", type=_positive, default=3, help="of sentences and streams (default: %(default)s)")
+    bench.add_argument(
+        "--iterations", type=_positive, default=100, help="of graphs; a tenth of generation (default: %(default)s)"
+    )
+    bench.add_argument("--warm-up", type=_positive, default=10, help="iterations not counted (default: %(default)s)")
     bench.add_argument("--backend", default="auto", help="auto, cpu, neuron or neuron:N (default: %(default)s)")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write all samples and medians")
-    bench.add_argument("--png", type=Path, metavar="FILE", help="draw the RTF, or the time per chunk")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write all samples and the figures made of them")
+    bench.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
+    bench.add_argument("--png", type=Path, metavar="FILE", help="draw the RTF, the time per chunk, or the means")
 
     graphs = commands.add_parser(
         "graphs",
@@ -214,31 +220,35 @@ def _patch_options(arguments: argparse.Namespace) -> dict[str, Any]:
 def _bench(arguments: argparse.Namespace) -> int:
     import transformers
 
-    from neuron_xtts.benchmarks.sentence import SentenceResults, bench_sentence
-    from neuron_xtts.benchmarks.stream import StreamResults, bench_stream
+    from neuron_xtts.benchmarks import Results
+    from neuron_xtts.benchmarks.graphs import bench_graphs
+    from neuron_xtts.benchmarks.sentence import bench_sentence
+    from neuron_xtts.benchmarks.stream import bench_stream
     from neuron_xtts.options import Options
     from neuron_xtts.precision import HOST_PRECISIONS, NEURON_PRECISIONS
 
     transformers.logging.set_verbosity_error()
     options = _patch_options(arguments)
-    common: dict[str, Any] = {
-        "rounds": arguments.rounds,
-        "small": arguments.small,
-        "checkpoint": arguments.checkpoint,
-    }
-    results: SentenceResults | StreamResults
+    on_host = Options.make(**options, to_run=True).neuron is None
+    precisions = arguments.precisions or (HOST_PRECISIONS if on_host else NEURON_PRECISIONS)
+    common: dict[str, Any] = {"small": arguments.small, "checkpoint": arguments.checkpoint, "options": options}
+    results: Results
     if arguments.what == "stream":
         lengths = arguments.codes or (100, 300, 600)
-        results = bench_stream(lengths=lengths, size=arguments.chunk, options=options, **common)
+        results = bench_stream(lengths=lengths, size=arguments.chunk, rounds=arguments.rounds, **common)
     else:
-        on_host = Options.make(**options, to_run=True).neuron is None
-        precisions = arguments.precisions or (HOST_PRECISIONS if on_host else NEURON_PRECISIONS)
         del options["precision"]
-        lengths = arguments.codes or (50, 100, 200, 400)
-        results = bench_sentence(lengths=lengths, precisions=precisions, memory=on_host, options=options, **common)
+        common["precisions"] = precisions
+        if arguments.what == "graphs":
+            results = bench_graphs(iterations=arguments.iterations, warm_up=arguments.warm_up, **common)
+        else:
+            lengths = arguments.codes or (50, 100, 200, 400)
+            results = bench_sentence(lengths=lengths, rounds=arguments.rounds, memory=on_host, **common)
     print(results)
     if arguments.json:
         arguments.json.write_text(json.dumps(results.to_dict(), indent=2) + "\n")
+    if arguments.markdown:
+        arguments.markdown.write_text(results.markdown())
     if arguments.png:
         results.draw(arguments.png)
     return 0

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 import neuron_xtts
+from neuron_xtts.benchmarks import prepare
+from neuron_xtts.benchmarks.graphs import make_calls
+from neuron_xtts.benchmarks.sentence import speak
 from neuron_xtts.cli import main
 from neuron_xtts.demo import random_tts, write_reference
 
@@ -112,9 +115,10 @@ def test_bench_stream(tmp_path, capsys):
 
 def test_bench(tmp_path, capsys):
     """Every stage and figure, of samples that were taken."""
-    files = tmp_path / "sentence.json", tmp_path / "sentence.png"
+    files = [tmp_path / f"sentence.{kind}" for kind in ("json", "png", "md")]
     command = ["bench", "--small", "--rounds", "2", "--codes", "15", "30", "--precisions", "fp32", "int8"]
-    assert main([*command, "--json", str(files[0]), "--png", str(files[1])]) == 0
+    command += ["--json", str(files[0]), "--png", str(files[1]), "--markdown", str(files[2])]
+    assert main(command) == 0
     out = capsys.readouterr().out
     results = json.loads(files[0].read_text())
     variants = ["coqui-tts", "fp32", "int8"]
@@ -126,15 +130,67 @@ def test_bench(tmp_path, capsys):
                 parts = sum(sample[stage] for stage in ("codes", "latents", "vocoder"))
                 assert 0 < parts < sample["sentence"]
                 assert 0 < sample["one code"] < sample["codes"]
+                assert sample["bandwidth"] > 1e8
+                patched = variant != "coqui-tts"
+                assert (0 < sample["sampling and loop"] < sample["codes"] / int(codes)) == patched
             median = sum(sample["sentence"] for sample in samples) / 2
             found = results["medians"][codes][variant]
             assert found["sentence"] == pytest.approx(median)
             assert found["RTF"] == pytest.approx(median / (int(codes) * 1024 / 22050))
+            assert found["codes per second"] == pytest.approx(int(codes) / found["codes"])
     assert results["accuracy"]["fp32"]["snr"] > 90 > results["accuracy"]["int8"]["snr"] > 10
     assert results["accuracy"]["fp32"]["latents"] > results["accuracy"]["int8"]["latents"] > 0.99
     assert all(2**28 < results["memory"][variant] < 2**33 for variant in variants)
+    assert list(results["first_audio"]) == variants
+    for variant, seconds in results["first_audio"].items():
+        assert f"| {variant} | {1e3 * sum(seconds) / 2:.0f} ms | " in files[2].read_text()
     assert "peak memory" in out
     assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_sentences_share_no_audio():
+    """One that begins like another would be vocoded only from where they differ."""
+    xtts, voice = prepare(None, small=True)
+    windows = []
+    with neuron_xtts.patched(xtts):
+        for codes in (20, 40):
+            speak(xtts, voice, codes)
+            windows.append(sum(counts.used for counts in neuron_xtts.report(xtts).graphs["vocoder"].values()))
+    assert windows == [int(20 * 4 * 24000 / 22050), int(20 * 4 * 24000 / 22050) + int(40 * 4 * 24000 / 22050)]
+
+
+def test_bench_graphs(tmp_path, capsys):
+    """The figures are those of the samples, of which there are as many as asked for."""
+    files = [tmp_path / f"graphs.{kind}" for kind in ("json", "png", "md")]
+    command = ["bench", "graphs", "--small", "--iterations", "12", "--warm-up", "2", "--precisions", "fp32"]
+    command += ["--json", str(files[0]), "--png", str(files[1]), "--markdown", str(files[2])]
+    assert main(command) == 0
+    results = json.loads(files[0].read_text())
+    assert list(results["samples"]) == ["GPT.forward", "vocoder", "GPT.generate"]
+    for method, by_variant in results["samples"].items():
+        assert list(by_variant) == ["coqui-tts", "fp32"]
+        for variant, samples in by_variant.items():
+            assert len(samples) == (1 if method == "GPT.generate" else 12)
+            figures = results["medians"][method][variant]
+            assert figures["mean"] == pytest.approx(sum(samples) / len(samples))
+            squares = sum((sample - figures["mean"]) ** 2 for sample in samples)
+            assert figures["sd"] == pytest.approx((squares / max(len(samples) - 1, 1)) ** 0.5)
+            text = f"{1e3 * figures['mean']:.2f} ms (sd {1e3 * figures['sd']:.2f})"
+            assert text in files[2].read_text()
+            assert text in capsys.readouterr().out or variant != "coqui-tts" or method != "GPT.forward"
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_graphs_are_timed_on_new_inputs():
+    """What is known would be handed over, in no time."""
+    xtts, voice = prepare(None, small=True)
+    with neuron_xtts.patched(xtts, strict=True), torch.inference_mode():
+        for make in make_calls(xtts, voice, 50, 100).values():
+            make()()
+            make()()
+        report = neuron_xtts.report(xtts)
+    served = {name: (counts.served, counts.handed_over) for name, counts in report.routes.items() if counts.served}
+    assert served == {"GPT.forward": (2, 0), "HifiDecoder.forward": (2, 0), "GPT.generate": (2, 0)}
 
 
 def test_version(capsys):

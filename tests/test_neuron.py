@@ -15,6 +15,9 @@ from helpers import all_fallbacks, assert_identical, assert_same_speech, failing
 
 import neuron_xtts
 from neuron_xtts import BucketPlan, demo
+from neuron_xtts.benchmarks import sentence as sentence_module
+from neuron_xtts.benchmarks import stream as stream_module
+from neuron_xtts.benchmarks.graphs import bench_graphs
 from neuron_xtts.benchmarks.sentence import bench_sentence
 from neuron_xtts.benchmarks.stream import bench_stream
 from neuron_xtts.errors import ArtifactError, Fallback
@@ -499,12 +502,24 @@ def test_the_demo(neuron, compiled, small_plan, tmp_path):
     assert fallbacks_of == {"GPT.get_style_emb"}  # 4 s at a time, which the small plan has no graph for
 
 
-def test_the_benchmarks(neuron, compiled, small_plan):
-    """As on the host."""
+def test_the_benchmarks(neuron, compiled, small_plan, monkeypatch):
+    """As on the host; what falls back is not passed off as Neuron's."""
+    for module in (sentence_module, stream_module):
+        monkeypatch.setattr(module, "SENTENCES", ("a short one.",))
     options = {"backend": "neuron", "store": compiled, "buckets": small_plan}
     streams = bench_stream(lengths=(20,), size=10, rounds=1, small=True, options=options)
     assert streams.worked[20] >= int(20 * 4 * 24000 / 22050)
-    sentences = bench_sentence(lengths=(20,), rounds=1, precisions=("fp32",), small=True, memory=False, options=options)
+    common = {"precisions": ("fp32",), "small": True, "options": options}
+    sentences = bench_sentence(lengths=(25,), rounds=1, memory=False, **common)
     assert sentences.accuracy["fp32"].latents > 0.99999
     assert sentences.accuracy["fp32"].snr > 80
-    assert sentences.medians(20, "fp32")["latents"] > 0
+    assert sentences.figures(25, "fp32")["latents"] > 0
+    assert sentences.figures(25, "fp32")["sampling and loop"] > 0
+    sizes = {"text": 20, "codes": 20, "iterations": 2, "warm_up": 1}
+    graphs = bench_graphs(**sizes, **common)
+    for results in (streams, sentences, graphs):
+        assert not any(results.fallbacks.values()), results.fallbacks
+        assert "fell back" not in str(results)
+    sizes["codes"] = 90  # longer than the largest bucket of decode
+    table = bench_graphs(**sizes, **common).markdown()
+    assert "| fp32 | GPT.generate: larger than the largest decode bucket (128) | 2 |" in table

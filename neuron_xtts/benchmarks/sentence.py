@@ -1,4 +1,4 @@
-"""Whole sentences: seconds by stage in every precision, peak memory, and what a precision costs in accuracy."""
+"""Whole sentences in every precision: seconds by stage, first audio, peak memory, and what it costs in accuracy."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,31 @@ from torch import Tensor
 from tqdm import tqdm
 
 import neuron_xtts
-from neuron_xtts.benchmarks import PLAIN, machine, prepare
+from neuron_xtts.benchmarks import PLAIN, Results, machine, prepare
+from neuron_xtts.benchmarks.stream import stream
 from neuron_xtts.demo import SENTENCES, Stopwatch
 from neuron_xtts.precision import HOST, WEIGHT_BYTES, Precision
-from neuron_xtts.report import table
+from neuron_xtts.report import Table
 from neuron_xtts.verification import correlation
 
 STAGES = ("codes", "latents", "vocoder")
 RELEASED = " released"  # what a variant is called whose fp32 weights are not kept in memory
 
 
+CHUNK = 20  # codes; coqui-tts's default
+
+
 def speak(xtts: Any, voice: tuple[Any, Any], codes: int) -> dict[str, float]:
-    """Seconds of one sentence of ``codes`` codes, by stage, and the median time from one code to the next."""
+    """Seconds of one sentence of ``codes`` codes, by stage.
+
+    Also the median time from one code to the next, and how much of it, on average, is not in the decode graph (0 of
+    coqui-tts, whose time is not told apart).
+    """
     ticks: list[float] = []
     # Every code is embedded once, patched or not.
     hook = xtts.gpt.mel_embedding.register_forward_hook(lambda *_: ticks.append(time.perf_counter()))
-    torch.manual_seed(1)
+    torch.manual_seed(codes)  # what begins alike would share audio
+    runs, decoding = decoded(xtts)
     try:
         with Stopwatch(xtts) as stopwatch:
             start = time.perf_counter()
@@ -42,9 +52,22 @@ def speak(xtts: Any, voice: tuple[Any, Any], codes: int) -> dict[str, float]:
             seconds = time.perf_counter() - start
     finally:
         hook.remove()
-    stages = {stage: stopwatch.seconds[stage] for stage in STAGES}
-    one_code = statistics.median(b - a for a, b in itertools.pairwise(ticks[1:codes]))
-    return {"sentence": seconds, **stages, "one code": one_code}
+    intervals = [b - a for a, b in itertools.pairwise(ticks[1:codes])]
+    runs, decoding = (now - before for now, before in zip(decoded(xtts), (runs, decoding), strict=True))
+    return {
+        "sentence": seconds,
+        **{stage: stopwatch.seconds[stage] for stage in STAGES},
+        "one code": statistics.median(intervals),
+        "sampling and loop": statistics.mean(intervals) - decoding / runs if runs else 0.0,
+    }
+
+
+def decoded(xtts: Any) -> tuple[float, float]:
+    """Runs of the decode graph so far, and seconds in them."""
+    if not neuron_xtts.is_patched(xtts):
+        return 0.0, 0.0
+    counts = neuron_xtts.report(xtts).graphs.get("decode", {}).values()
+    return sum(count.runs for count in counts), sum(count.seconds for count in counts)
 
 
 def bandwidth() -> float:
@@ -86,7 +109,13 @@ def magnitudes(wave: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def accuracy(xtts: Any, voice: tuple[Any, Any], codes: int, options: Mapping[str, Any]) -> Accuracy:
+def accuracy(
+    xtts: Any,
+    voice: tuple[Any, Any],
+    codes: int,
+    options: Mapping[str, Any],
+    unpatch: Callable[[Any], None] = neuron_xtts.unpatch,
+) -> Accuracy:
     """Compare a patch with ``options`` with coqui-tts.
 
     Args:
@@ -94,6 +123,7 @@ def accuracy(xtts: Any, voice: tuple[Any, Any], codes: int, options: Mapping[str
         voice: conditioning latents and speaker embedding.
         codes: how many.
         options: of `neuron_xtts.patch`.
+        unpatch: what ends the patch.
     """
     text = torch.tensor(xtts.tokenizer.encode(SENTENCES[0].lower(), lang="en"))[None]
     torch.manual_seed(1)
@@ -109,9 +139,12 @@ def accuracy(xtts: Any, voice: tuple[Any, Any], codes: int, options: Mapping[str
 
     theirs = forward()
     wave = xtts.hifigan_decoder(theirs, g=voice[1])
-    with neuron_xtts.patched(xtts, **options):
+    neuron_xtts.patch(xtts, **options)
+    try:
         ours = forward()
         our_wave, vocoded = (xtts.hifigan_decoder(latents, g=voice[1]) for latents in (ours, theirs))
+    finally:
+        unpatch(xtts)
     spectrum = correlation(magnitudes(our_wave), magnitudes(wave))
     return Accuracy(correlation(ours, theirs), snr(our_wave, wave), spectrum, snr(vocoded, wave))
 
@@ -137,80 +170,80 @@ def _speak_and_print_peak(precision: str, codes: int, small: bool) -> None:
     print(int(line.split()[1]) * 1024)
 
 
-@dataclass
-class SentenceResults:
+@dataclass(kw_only=True)
+class SentenceResults(Results):
     """Sentences of several lengths, in every precision.
 
     Attributes:
-        machine: see `machine`.
-        samples: seconds by stage, by number of codes and variant, one a round.
-        patching: seconds that `patch` took, by precision, one a sentence.
+        samples: what `speak` returned, by number of codes and variant, one a round; and ``bandwidth``, bytes a second
+            that all threads read of memory that no cache holds, right before.
+        first_audio: seconds to the first chunk of a stream, of `CHUNK` codes, by variant, one a round.
+        patching: seconds that `patch` took, by precision, one a round.
         accuracy: by precision.
         memory: peak, in bytes, by variant.
-        bandwidth: bytes a second that all threads read of memory that no cache holds, one a round.
-        weights: bytes of weights that a decode step reads, by precision on the host.
+        weights: bytes of weights that a decode step reads, by variant on the host.
     """
 
-    machine: dict[str, Any]
     samples: dict[int, dict[str, list[dict[str, float]]]]
+    first_audio: dict[str, list[float]]
     patching: dict[str, list[float]]
     accuracy: dict[str, Accuracy]
     memory: dict[str, int]
-    bandwidth: list[float]
     weights: dict[str, int]
 
-    def medians(self, codes: int, variant: str) -> dict[str, float]:
-        """Seconds by stage, and the RTF."""
+    def figures(self, codes: int, variant: str) -> dict[str, float]:
+        """Medians, RTF, codes per second while codes are made, and how often one code could read its weights."""
         taken = self.samples[codes][variant]
         result = {stage: statistics.median(sample[stage] for sample in taken) for stage in taken[0]}
-        return result | {"RTF": result["sentence"] / (codes * 1024 / 22050)}
+        result |= {"RTF": result["sentence"] / (codes * 1024 / 22050), "codes per second": codes / result["codes"]}
+        if variant in self.weights:
+            reads = [sample["one code"] * sample["bandwidth"] / self.weights[variant] for sample in taken]
+            result["code / reading weights"] = statistics.median(reads)
+        return result
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain data."""
-        medians = {
-            codes: {variant: self.medians(codes, variant) for variant in variants}
+    def medians(self) -> dict[Any, Any]:
+        """See `figures`, by number of codes and variant."""
+        return {
+            codes: {variant: self.figures(codes, variant) for variant in variants}
             for codes, variants in self.samples.items()
         }
-        return asdict(self) | {"medians": medians}
 
-    def __str__(self) -> str:
+    def tables(self) -> list[Table]:
+        """Speed by length, then first audio, accuracy and memory."""
         tables = [self._speed(codes) for codes in self.samples]
+        first = {variant: statistics.median(seconds) for variant, seconds in self.first_audio.items()}
+        rows: list[tuple[str, ...]] = [
+            (name, f"{1e3 * seconds:.0f} ms", f"{first[PLAIN] / seconds:.2f}x") for name, seconds in first.items()
+        ]
+        tables.append(((f"TTFA, first chunk of {CHUNK} codes", "", "faster"), rows))
         rows = [
             (name, f"{a.latents:.6f}", f"{a.snr:.1f} dB", f"{a.spectrum:.6f}", f"{a.vocoder_snr:.1f} dB",
              f"{statistics.median(self.patching[name]):.1f} s")
             for name, a in self.accuracy.items()
         ]  # fmt: skip
-        tables.append(table(("precision", "latents PCC", "SNR", "STFT PCC", "SNR of vocoder", "patch"), rows))
+        tables.append((("precision", "latents PCC", "SNR", "STFT PCC", "SNR of vocoder", "patch"), rows))
         if self.memory:
-            rows_ = [(name, f"{size / 2**20:.0f} MiB", f"{size / self.memory[PLAIN] - 1:+.1%}")
-                     for name, size in self.memory.items()]  # fmt: skip
-            tables.append(table(("peak memory", "", "against coqui-tts"), rows_))
-        tables.append(f"memory is read at {statistics.median(self.bandwidth) / 1e9:.1f} GB/s")
-        return "\n\n".join(tables)
+            rows = [(name, f"{size / 2**20:.0f} MiB", f"{size / self.memory[PLAIN] - 1:+.1%}")
+                    for name, size in self.memory.items()]  # fmt: skip
+            tables.append((("peak memory", "", "against coqui-tts"), rows))
+        return tables
 
-    def _speed(self, codes: int) -> str:
-        plain = self.medians(codes, PLAIN)
+    def _speed(self, codes: int) -> Table:
+        plain = self.figures(codes, PLAIN)
         rows: list[tuple[str, ...]] = []
         for variant in self.samples[codes]:
-            found = self.medians(codes, variant)
-            cells = [f"{1e3 * found[stage]:.0f} ms" for stage in ("sentence", *STAGES)]
-            cells += [f"{1e3 * found['one code']:.1f} ms", f"{found['RTF']:.2f}"]
-            cells.append(f"{plain['sentence'] / found['sentence']:.2f}x")
-            limit = self.weights.get(variant, 0) / statistics.median(self.bandwidth)
-            rows.append((variant, *cells, f"{found['one code'] / limit:.2f}" if limit else ""))
-        seconds = codes * 1024 / 22050
-        return table(
-            (
-                f"{codes} codes, {seconds:.2f} s",
-                "sentence",
-                *STAGES,
-                "one code",
-                "RTF",
-                "faster",
-                "code / reading weights",
-            ),
-            rows,
-        )
+            found = self.figures(codes, variant)
+            cells = [f"{plain['sentence'] / found['sentence']:.2f}x", f"{found['RTF']:.2f}"]
+            cells += [f"{1e3 * found[stage]:.0f} ms" for stage in ("sentence", *STAGES)]
+            cells += [f"{found['codes per second']:.1f}"]
+            cells += [
+                f"{1e3 * found[part]:.2f} ms" if found[part] else "" for part in ("one code", "sampling and loop")
+            ]
+            limit = found.get("code / reading weights")
+            rows.append((variant, *cells, f"{limit:.2f}" if limit else "", f"{found['bandwidth'] / 1e9:.0f} GB/s"))
+        label = f"{codes} codes, {codes * 1024 / 22050:.2f} s"
+        header = ("faster", "RTF", "sentence", *STAGES, "codes/s", "one code", "sampling, loop")
+        return (label, *header, "code / reading weights", "memory read at"), rows
 
     def draw(self, path: Path) -> None:
         """Write a PNG of the real-time factor against the length."""
@@ -219,7 +252,7 @@ class SentenceResults:
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
         for variant in next(iter(self.samples.values())):
-            factors = [self.medians(codes, variant)["RTF"] for codes in self.samples]
+            factors = [self.figures(codes, variant)["RTF"] for codes in self.samples]
             axes.plot(list(self.samples), factors, marker="o", label=variant)
         axes.axhline(1, color="gray", linewidth=0.8, linestyle="dashed")
         axes.set(title=f"One sentence; {self.machine['cpu']}", xlabel="codes", ylabel="RTF", ylim=(0, None))
@@ -256,27 +289,32 @@ def bench_sentence(
     results = SentenceResults(
         machine=machine(),
         samples={codes: {name: [] for name in variants} for codes in lengths},
+        first_audio={name: [] for name in variants},
         patching={name: [] for name in precisions},
         accuracy={},
         memory={},
-        bandwidth=[],
         weights={PLAIN: sizes["fp32"], **sizes} if memory else {},
     )
     with tqdm(total=rounds * len(lengths) * len(variants), desc="sentences", unit="sentence") as bar:
         for round_ in range(rounds):
-            results.bandwidth.append(bandwidth())
             for variant in variants[:: 1 if round_ % 2 else -1]:
                 if variant != PLAIN:
                     start = time.perf_counter()
                     neuron_xtts.patch(xtts, **options, precision=variant)
                     results.patching[variant].append(time.perf_counter() - start)
-                speak(xtts, voice, 4)  # what torch, coqui-tts or a device set up once
+                stream(xtts, voice, codes=2, size=1)  # what torch, coqui-tts or a device set up once
+                chunks = stream(xtts, voice, codes=CHUNK, size=CHUNK).chunks
+                results.first_audio[variant].append(chunks[0])
                 for codes in lengths:
-                    results.samples[codes][variant].append(speak(xtts, voice, codes))
+                    sample = {"bandwidth": bandwidth(), **speak(xtts, voice, codes)}
+                    results.samples[codes][variant].append(sample)
                     bar.update()
-                neuron_xtts.unpatch(xtts)
+                if variant != PLAIN:
+                    results.unpatch(xtts, variant)
     for name in precisions:
-        results.accuracy[name] = accuracy(xtts, voice, 100, {**options, "precision": name})
+        unpatch = partial(results.unpatch, variant=name)
+        codes = min(100, max(lengths))
+        results.accuracy[name] = accuracy(xtts, voice, codes, {**options, "precision": name}, unpatch)
     if memory and checkpoint is None:
         released = [name + RELEASED for name in precisions if HOST[name].linears != "fp32"]
         results.memory = {name: peak_memory(name, min(lengths), small) for name in (*variants, *released)}

@@ -6,7 +6,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ import torch
 from tqdm import tqdm
 
 import neuron_xtts
-from neuron_xtts.benchmarks import PLAIN, machine, prepare
+from neuron_xtts.benchmarks import PLAIN, Results, machine, prepare
 from neuron_xtts.demo import SAMPLE_RATE, SENTENCES
 from neuron_xtts.proxy import Installation
-from neuron_xtts.report import table
+from neuron_xtts.report import Table
 
 VARIANTS = (PLAIN, "neuron_xtts")
 
@@ -55,7 +55,7 @@ def stream(xtts: Any, voice: Sequence[Any], *, codes: int, size: int) -> Stream:
         result.frames += audio.shape[-1] // xtts.hifigan_decoder.output_hop_length
         return audio
 
-    torch.manual_seed(1)
+    torch.manual_seed(1000 * size + codes)  # what begins alike would share audio
     installation = Installation(xtts.hifigan_decoder, "forward", vocode)
     try:
         last = time.perf_counter()
@@ -71,18 +71,16 @@ def stream(xtts: Any, voice: Sequence[Any], *, codes: int, size: int) -> Stream:
     return result
 
 
-@dataclass
-class StreamResults:
+@dataclass(kw_only=True)
+class StreamResults(Results):
     """Streams of several lengths, patched and unpatched.
 
     Attributes:
-        machine: see `machine`.
         size: codes per chunk.
         samples: the streams by number of codes and variant, one a round.
         worked: vocoder frames that graphs computed, halo and padding included, by number of codes.
     """
 
-    machine: dict[str, Any]
     size: int
     samples: dict[int, dict[str, list[Stream]]]
     worked: dict[int, int]
@@ -106,15 +104,15 @@ class StreamResults:
             "RTF": total * SAMPLE_RATE / taken[0].samples,
         }
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain data."""
-        medians = {codes: {variant: self.figures(codes, variant) for variant in VARIANTS} for codes in self.samples}
-        return asdict(self) | {"medians": medians}
+    def medians(self) -> dict[Any, Any]:
+        """See `figures`, by number of codes and variant."""
+        return {codes: {variant: self.figures(codes, variant) for variant in VARIANTS} for codes in self.samples}
 
-    def __str__(self) -> str:
-        return "\n\n".join(self._table(codes) for codes in self.samples)
+    def tables(self) -> list[Table]:
+        """One a length."""
+        return [self._table(codes) for codes in self.samples]
 
-    def _table(self, codes: int) -> str:
+    def _table(self, codes: int) -> Table:
         plain, patched = (self.figures(codes, variant) for variant in VARIANTS)
         rows: list[tuple[str, ...]] = []
         for name, seconds in plain.items():
@@ -128,7 +126,7 @@ class StreamResults:
         rows.append(("vocoder frames", str(frames), str(worked), f"{frames / worked:.1f}x" if worked else ""))
         seconds = self.samples[codes][PLAIN][0].samples / SAMPLE_RATE
         header = f"{codes} codes, {seconds:.2f} s of audio, chunks of {self.size} codes"
-        return table((header, *VARIANTS, ""), rows)
+        return (header, *VARIANTS, ""), rows
 
     def draw(self, path: Path) -> None:
         """Write a PNG of the seconds per chunk."""
@@ -170,18 +168,19 @@ def bench_stream(
         options: of `neuron_xtts.patch`.
     """
     xtts, voice = prepare(checkpoint, small)
-    results = StreamResults(machine(), size, {codes: {name: [] for name in VARIANTS} for codes in lengths}, {})
+    samples: dict[int, dict[str, list[Stream]]] = {codes: {name: [] for name in VARIANTS} for codes in lengths}
+    results = StreamResults(machine=machine(), size=size, samples=samples, worked={})
     with tqdm(total=rounds * len(lengths) * len(VARIANTS), desc="streams", unit="stream") as bar:
         for round_, codes in itertools.product(range(rounds), lengths):
             for variant in VARIANTS[:: 1 if round_ % 2 else -1]:
-                if variant == "neuron_xtts":
+                if variant != PLAIN:
                     neuron_xtts.patch(xtts, **options)
                 stream(xtts, voice, codes=2, size=1)  # what torch, coqui-tts or a device set up once
-                before = vocoded(xtts)
+                before = vocoded(xtts) if variant != PLAIN else 0
                 results.samples[codes][variant].append(stream(xtts, voice, codes=codes, size=size))
-                if variant == "neuron_xtts":
+                if variant != PLAIN:
                     results.worked[codes] = vocoded(xtts) - before
-                neuron_xtts.unpatch(xtts)
+                    results.unpatch(xtts, variant)
                 bar.update()
     return results
 
