@@ -22,6 +22,7 @@ from neuron_xtts.graphs.transformer import Decode, Latents, Prefill, Trunk
 from neuron_xtts.graphs.vocoder import Vocoder, receptive_field
 from neuron_xtts.report import Counters, Report
 from neuron_xtts.target import check_conditioning, check_gpt, check_vocoder
+from neuron_xtts.threads import at_most, usable_cpus
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Engine:
         self.buckets = Buckets(self.plan, self.backend.missing)
         self._sources = {name: self._modules(name) for name in graphs}
         self.counters = Counters()
+        self._cpus = usable_cpus()
         self._lock = threading.RLock()
         self._serving = False
 
@@ -174,7 +176,8 @@ class Engine:
         """Whether ``call`` succeeded, and its result; if not, the random state is what it was."""
         random_state = torch.get_rng_state()
         try:
-            result = call()
+            with at_most(self._cpus):
+                result = call()
         except Exception as error:
             torch.set_rng_state(random_state)
             expected = isinstance(error, Fallback)

@@ -31,6 +31,17 @@ _IGNORED = {"length_penalty"}
 _CONFIG_BOOKKEEPING = {"bos_token_id", "eos_token_id", "pad_token_id", "_from_model_config", "transformers_version"}
 
 
+class _NotBefore(transformers.LogitsProcessor):  # type: ignore[misc]
+    """As transformers' ``MinNewTokensLengthLogitsProcessor``, in one operator instead of five, 50 us a code less."""
+
+    def __init__(self, length: int, token: int) -> None:
+        self.length = length
+        self.token = torch.tensor([token])
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.index_fill(1, self.token, -torch.inf) if ids.shape[1] < self.length else scores
+
+
 @dataclass(frozen=True)
 class Sampling:
     """What a call of ``GPT.generate`` asks for; the defaults are those of transformers' ``GenerationConfig``.
@@ -86,9 +97,7 @@ class Sampling:
         if self.repetition_penalty != 1.0:
             processors.append(transformers.RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
         if self.min_new_tokens > 0:
-            processors.append(
-                transformers.MinNewTokensLengthLogitsProcessor(prefix_length, self.min_new_tokens, stop_token)
-            )
+            processors.append(_NotBefore(prefix_length + self.min_new_tokens, stop_token))
         if self.do_sample:
             if self.temperature != 1.0:
                 processors.append(transformers.TemperatureLogitsWarper(self.temperature))

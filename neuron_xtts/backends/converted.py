@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from neuron_xtts.backends.kernels import Product, fp16_product, int8_product, split_linear
 from neuron_xtts.errors import Fallback
-from neuron_xtts.graphs.vocoder import Vocoder, channels_last, fold_weight_norm
+from neuron_xtts.graphs.vocoder import Padding, Vocoder, channels_last, fold_weight_norm
 from neuron_xtts.hooks import is_hooked
 from neuron_xtts.weights import stamp, tensors_of
 
@@ -173,9 +173,9 @@ class HostVocoder:
     def __call__(self, frames: Tensor, speaker: Tensor, mask: Tensor | None = None) -> tuple[Tensor]:
         """See `Vocoder.forward`."""
         frames, speaker = frames.unsqueeze(2).to(self.dtype), speaker.unsqueeze(2).to(self.dtype)
-        if mask is not None:
-            mask = None if mask.all() else mask.unsqueeze(2).to(self.dtype)
-        (audio,) = self._copy(frames.contiguous(memory_format=torch.channels_last), speaker, mask)
+        used = frames.shape[-1] if mask is None else int(mask.sum())
+        padding = Padding(used) if used < frames.shape[-1] else None
+        (audio,) = self._copy(frames.contiguous(memory_format=torch.channels_last), speaker, padding)
         return (audio.squeeze(2),)
 
 

@@ -18,8 +18,8 @@ from neuron_xtts.graphs.transformer import Decode, Trunk
 from neuron_xtts.graphs.vocoder import receptive_field
 from neuron_xtts.precision import HOST, HostPrecision
 
-# Positions by which a state grows: growing copies, and this keeps it rare where shapes are exact.
-_GROWTH = 512
+# Positions, of all rows together, by which a state grows: growing copies, and a sentence of XTTS v2 has 1044 at most.
+_GROWTH = 1152
 
 # Frames of the vocoder's windows. oneDNN takes 0.03 to 0.1 s to prepare the convolutions for a length that is new to
 # it, and keeps those of some 24 lengths; longer windows outgrow the caches. Fine steps where streams have windows.
@@ -108,7 +108,7 @@ class HostState:
         self._decode = decode
         trunk = decode.trunk
         channels = trunk.ln_f.weight.shape[0] // trunk.heads
-        shape = (2 * len(trunk.h), rows, trunk.heads, _rounded(positions), channels)
+        shape = (2 * len(trunk.h), rows, trunk.heads, _rounded(positions, rows), channels)
         self._data = lazy_zeros(shape, trunk.ln_f.weight.dtype)
 
     @property
@@ -124,7 +124,7 @@ class HostState:
     def grow(self, positions: int) -> None:
         """See `DecodeState.grow`."""
         blocks, rows, heads, held, channels = self._data.shape
-        grown = lazy_zeros((blocks, rows, heads, _rounded(positions), channels), self._data.dtype)
+        grown = lazy_zeros((blocks, rows, heads, _rounded(positions, rows), channels), self._data.dtype)
         grown[:, :, :, :held] = self._data
         self._data = grown
 
@@ -140,5 +140,6 @@ class HostState:
         return list(zip(keys, values, strict=True))
 
 
-def _rounded(positions: int) -> int:
-    return -(-positions // _GROWTH) * _GROWTH
+def _rounded(positions: int, rows: int) -> int:
+    growth = max(_GROWTH // rows, 128)
+    return -(-positions // growth) * growth

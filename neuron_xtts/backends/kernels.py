@@ -6,10 +6,11 @@ All are operators of torch; what is measured of them stands in docs/performance.
 from __future__ import annotations
 
 import functools
+import math
+import mmap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -21,8 +22,15 @@ _SPLIT_ROWS = 128
 
 # Called from Python, an operator with packed weights takes 15 us before it begins; from TorchScript 6. (A string,
 # because torch.jit.script wants the source file at run time.)
-_packed = torch.jit.CompilationUnit(
+_script = torch.jit.CompilationUnit(
     """
+def attend(q: Tensor, k: Tensor, v: Tensor, slots: int, indices: Tensor, offsets: Tensor):
+    heads, used, channels = k.shape[1], k.shape[2], k.shape[3]
+    scores = torch.bmm(q[0], k[0].transpose(1, 2)).mul_(channels ** -0.5)
+    shares = torch.softmax(scores, -1).view(-1)
+    table = v.as_strided([(heads - 1) * slots + used, channels], [channels, 1])
+    return torch.embedding_bag(table, indices, offsets, False, 0, False, shares)[0].view(q.shape)
+
 def fp16(x: Tensor, weight: __torch__.torch.classes.quantized.LinearPackedParamsBase):
     return torch.ops.quantized.linear_dynamic_fp16(x, weight)
 
@@ -108,17 +116,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     slots = v.stride(1) // channels
     if mask is not None or q.shape[0] != 1 or q.shape[2] != 1 or v.stride()[1:] != (slots * channels, channels, 1):
         return attention(q, k, v, mask)
-    scores = torch.bmm(q[0], k[0].transpose(1, 2)).mul_(channels**-0.5)  # (H, 1, S)
-    shares = torch.softmax(scores, -1).view(-1)
-    # Every row of values weighted by its share: an embedding bag per head.
-    table = v.as_strided(((heads - 1) * slots + used, channels), (channels, 1))
-    return _bags(table, *_first_rows(heads, slots, used), shares).view(q.shape)
+    # Scores (H, 1, S), their softmax, and every row of values weighted by its share: an embedding bag per head.
+    attended: Tensor = _script.attend(q, k, v, slots, *_first_rows(heads, slots, used))
+    return attended
 
 
 def fp16_product(weight: Tensor, bias: Tensor) -> tuple[Product, int]:
     """``x @ weight + bias`` with weights kept in fp16 and computed with in fp32, and the bytes they take."""
     packed = torch.ops.quantized.linear_prepack_fp16(weight.t().contiguous(), bias)
-    multiply = _packed.fp16
+    multiply = _script.fp16
 
     def product(x: Tensor) -> Tensor:
         y: Tensor = multiply(x, packed)
@@ -139,7 +145,7 @@ def int8_product(weight: Tensor, bias: Tensor) -> tuple[Product, int]:
     packed = torch.ops.quantized.linear_prepack(quantized, bias)
     # Without VNNI, FBGEMM adds pairs of products in 16 bits, where only 7 bits of an activation are safe.
     reduce_range = not cpu_has("avx512_vnni", "avx_vnni")
-    multiply = _packed.int8
+    multiply = _script.int8
 
     def product(x: Tensor) -> Tensor:
         y: Tensor
@@ -155,8 +161,11 @@ def int8_product(weight: Tensor, bias: Tensor) -> tuple[Product, int]:
 
 
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros whose memory the operating system hands out as they are written."""
-    return torch.from_numpy(numpy.zeros(shape, torch.empty(0, dtype=dtype).numpy().dtype))
+    """Zeros whose memory the operating system hands out as they are written, in small pages."""
+    # Not numpy.zeros: it asks for huge pages, of which a KV cache soon touches every one.
+    private: dict[str, int] = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, **private)
+    return torch.frombuffer(memory, dtype=dtype).view(*shape)
 
 
 def cpu_has(*flags: str) -> bool:

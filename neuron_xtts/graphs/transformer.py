@@ -71,7 +71,8 @@ class Trunk(nn.Module):
         """Queries, keys and values of one block, each (B, H, L, K), from ``x`` (B, L, D)."""
         rows, length, channels = x.shape
         fused = self.linear(block.attn.c_attn, block.ln_1(x))  # (B, L, 3 D)
-        q, k, v = fused.view(rows, length, 3, self.heads, channels // self.heads).permute(2, 0, 3, 1, 4)
+        split = fused.view(rows, length, 3, self.heads, channels // self.heads)
+        q, k, v = split.permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
     def rest(self, block: Any, x: Tensor, attended: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ def writer(positions: Tensor) -> Callable[[Tensor, Tensor], object]:
     """What writes (B, H, 1, K) into the cache (B, H, S, K), each row at its position (B,)."""
     if positions.device.type == "cpu" and len(positions) == 1:  # half a millisecond a step in 60 small operators
         at = int(positions)
-        return lambda cache, new: cache[:, :, at : at + 1].copy_(new)
+        return lambda cache, new: cache.narrow(2, at, 1).copy_(new)
     index = positions.long().view(-1, 1, 1, 1)
     return lambda cache, new: cache.scatter_(2, index.expand_as(new), new)
 

@@ -47,13 +47,14 @@ class Vocoder(nn.Module):
         self.kernels = generator.num_kernels
         self.conv_post = generator.conv_post
 
-    def forward(self, frames: Tensor, speaker: Tensor, mask: Tensor | None = None) -> tuple[Tensor]:
+    def forward(self, frames: Tensor, speaker: Tensor, mask: Tensor | Padding | None = None) -> tuple[Tensor]:
         """Waveform of a window.
 
         Args:
             frames: (B, C, T).
             speaker: (B or 1, G, 1) speaker embedding.
-            mask: (1, 1, T), one where there is a frame and zero where there is padding; None means no padding.
+            mask: (1, 1, T), one where there is a frame and zero where there is padding; or where the padding begins;
+                None means no padding.
 
         Returns:
             audio (B, 1, T * hop). Within the receptive field of a padded or cut edge it is only right if the edge is
@@ -65,7 +66,7 @@ class Vocoder(nn.Module):
             if self.conds is not None:
                 x += self.conds[i](speaker)
             if mask is not None:
-                mask = mask.repeat_interleave(up.stride[-1], dim=-1)
+                mask = mask.repeat_interleave(up.stride[-1], -1)
             blocks = self.resblocks[i * self.kernels : (i + 1) * self.kernels]
             total = resblock(blocks[0], x, mask)
             for block in blocks[1:]:
@@ -175,24 +176,42 @@ def without_dilation(conv: nn.Conv1d) -> nn.Conv1d:
     return filled
 
 
-def leaky_relu(x: Tensor, slope: float) -> Tensor:
-    """``x`` where positive, else ``slope`` times ``x``; 0 < slope < 1."""
+def leaky_relu(x: Tensor, slope: float, *, inplace: bool = False) -> Tensor:
+    """``x`` where positive, else ``slope`` times ``x``; 0 < slope < 1. In place if it may be."""
     if x.device.type == "cpu":
-        return F.leaky_relu(x, slope)
+        return F.leaky_relu(x, slope, inplace)
     return torch.maximum(x, x * slope)  # torch's own lowers to a program with a 64-bit float
 
 
-def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+class Padding:
+    """A mask for padding at the end, which an eager run sets to zero in place: nothing else is touched.
+
+    Args:
+        start: where it begins.
+    """
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def repeat_interleave(self, repeats: int, dim: int) -> Padding:
+        """As the method of a mask that is a tensor."""
+        return Padding(self.start * repeats)
+
+
+def masked(x: Tensor, mask: Tensor | Padding | None) -> Tensor:
     """``x`` with its padding set to zero."""
+    if isinstance(mask, Padding):
+        x[..., mask.start :] = 0
+        return x
     return x if mask is None else x * mask
 
 
-def resblock(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+def resblock(block: Any, x: Tensor, mask: Tensor | Padding | None) -> Tensor:
     """A HiFi-GAN residual block of type 1 (pairs of convolutions) or 2 (single ones)."""
     for convs in residual_layers(block):
         y = x
         for conv in convs:
-            y = conv(masked(leaky_relu(y, LRELU_SLOPE), mask))
+            y = conv(masked(leaky_relu(y, LRELU_SLOPE, inplace=y is not x), mask))
         x = y.add_(x)  # in place: nobody else sees what a convolution returned
     return x
 
