@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from TTS.vocoder.models.hifigan_generator import HifiganGenerator
 
-from neuron_xtts.backends.kernels import attend, lazy_zeros, split_linear
+from neuron_xtts.backends.kernels import attend, lazy_zeros, linear
 from neuron_xtts.graphs import conditioning, transformer, vocoder
 from neuron_xtts.graphs.transformer import MASKED, Decode, Latents, Prefill, Trunk, attention
 from neuron_xtts.graphs.vocoder import Vocoder, receptive_field
@@ -115,23 +115,43 @@ def test_lazy_zeros(dtype):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_split_product(gpt, threads):
-    """Any number of threads, whether or not it divides the channels."""
+def test_linear_layers(gpt, threads, dtype):
+    """Any number of threads, whether or not it divides the channels; in fp64, which oneDNN does not have, too."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    headless = torch.nn.Linear(6, 7, bias=False)
     try:
-        headless = torch.nn.Linear(6, 7, bias=False, dtype=torch.double)
         for module in (gpt.mel_head, headless, gpt.gpt.h[0].attn.c_attn, gpt.gpt.h[0].mlp.c_proj):
+            module.to(dtype)
             for rows in (1, 5, 40):
                 channels = module.weight.shape[1 if isinstance(module, torch.nn.Linear) else 0]
-                x = torch.randn(rows, 1, channels, dtype=torch.double)
-                torch.testing.assert_close(split_linear(module, x), module(x))
+                x = torch.randn(rows, 1, channels, dtype=dtype)
+                torch.testing.assert_close(linear(module, x), module(x), rtol=1e-5, atol=1e-5)
         handle = module.register_forward_hook(lambda module, inputs, output: output + 1)
-        torch.testing.assert_close(split_linear(module, x[:1]), module(x[:1]))
+        for rows in (1, 5):
+            torch.testing.assert_close(linear(module, x[:rows]), module(x[:rows]))
         handle.remove()
     finally:
         torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def test_linear_layers_of_another_kind(gpt):
+    """A subclass may compute what it likes, and weights may lie as they like."""
+
+    class Twice(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    x = torch.randn(3, 64)
+    twice, strided, conv = Twice(64, 5), torch.nn.Linear(64, 5), gpt.gpt.h[0].attn.c_attn.float()
+    strided.weight.data = torch.randn(64, 5).t()
+    conv.weight.data = torch.randn(192, 64).t()
+    for module in (twice, strided, conv):
+        for rows in (1, 3):
+            torch.testing.assert_close(linear(module, x[:rows]), module(x[:rows]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from neuron_xtts.backends.kernels import Product, fp16_product, int8_product, split_linear
+from neuron_xtts.backends.kernels import Product, fp16_product, int8_product, linear
 from neuron_xtts.errors import Fallback
 from neuron_xtts.graphs.vocoder import Padding, Vocoder, channels_last, fold_weight_norm
 from neuron_xtts.hooks import is_hooked
@@ -122,7 +122,7 @@ class Linears:
         """``module(x)``."""
         product = self._products.get(module)
         if product is None or is_hooked(module):
-            return split_linear(module, x)
+            return linear(module, x)
         return product(x)
 
 

@@ -17,8 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from neuron_xtts.graphs.transformer import attention
 
-# Rows up to which a split product was faster, measured at 1 to 140.
-_SPLIT_ROWS = 128
+# What torch.compile makes of linear layers; torch has no public name for it in fp32.
+_HAS_ONEDNN: bool = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
+    torch.ops.mkldnn, "_linear_pointwise"
+)
 
 # Called from Python, an operator with packed weights takes 15 us before it begins; from TorchScript 6. (A string,
 # because torch.jit.script wants the source file at run time.)
@@ -42,43 +44,28 @@ def int8(x: Tensor, weight: __torch__.torch.classes.quantized.LinearPackedParams
 Product = Callable[[Tensor], Tensor]
 
 
-def split_linear(module: Any, x: Tensor) -> Tensor:
-    """``module(x)``; for few rows the product is split so that every thread streams weights.
+def linear(module: Any, x: Tensor) -> Tensor:
+    """``module(x)``, faster than MKL's product, which is what torch takes in fp32.
 
-    With few rows the product is bound by reading the weight. MKL reads it well below the memory's bandwidth; one
-    product per thread, each over its share of the channels, comes closer. One row of a GPT-2 ``Conv1D`` is a weighted
-    sum of the weight's rows, which is what an embedding bag computes: FBGEMM's reads at the memory's bandwidth.
+    One row of a GPT-2 ``Conv1D`` is bound by reading the weight. It is a weighted sum of the weight's rows, which is
+    what an embedding bag computes, and FBGEMM's reads at the memory's bandwidth. Everything else is oneDNN's.
     """
-    rows = x.numel() // x.shape[-1]
     kind = type(module)
-    if rows <= _SPLIT_ROWS and not (module._forward_hooks or module._forward_pre_hooks):
-        if kind is Conv1D:
-            return _split_conv1d(module, x, rows)
-        if kind is nn.Linear and rows == 1 and module.weight.is_contiguous():
-            return _split_row(module, x)
-    whole: Tensor = module(x)
-    return whole
-
-
-def _split_conv1d(module: Any, x: Tensor, rows: int) -> Tensor:
-    weight: Tensor = module.weight  # (channels in, channels out)
-    parts = _parts(weight.shape[0])
-    if rows == 1 and weight.is_contiguous():
-        sums = _bags(weight, *_every_row(weight.shape[0], parts), x.reshape(-1))
+    if kind not in (Conv1D, nn.Linear) or module._forward_hooks or module._forward_pre_hooks:
+        whole: Tensor = module(x)
+        return whole
+    weight: Tensor = module.weight  # (channels in, channels out) of a Conv1D, else the other way round
+    if kind is Conv1D and x.numel() == x.shape[-1] and weight.is_contiguous():
+        sums = _bags(weight, *_every_row(weight.shape[0], _parts(weight.shape[0])), x.reshape(-1))
         one: Tensor = sums.sum(0) + module.bias
         return one.view(*x.shape[:-1], -1)
-    x_parts = x.reshape(rows, parts, -1).transpose(0, 1)  # (parts, rows, channels in / parts)
-    products = torch.bmm(x_parts, weight.view(parts, -1, weight.shape[1]))  # (parts, rows, channels out)
-    product: Tensor = products.sum(0) + module.bias
-    return product.view(*x.shape[:-1], -1)
-
-
-def _split_row(module: Any, x: Tensor) -> Tensor:
-    channels_out, channels_in = module.weight.shape
-    parts = _parts(channels_out)
-    weights = module.weight.view(parts, -1, channels_in).transpose(1, 2)
-    product = torch.bmm(x.reshape(1, 1, channels_in).expand(parts, -1, -1), weights).view(*x.shape[:-1], channels_out)
-    return product if module.bias is None else product + module.bias
+    if not _HAS_ONEDNN or not (x.dtype is weight.dtype is torch.float32) or not weight.is_cpu:
+        whole = module(x)
+        return whole
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(
+        x, weight.t() if kind is Conv1D else weight, module.bias, "none", [], ""
+    )
+    return product
 
 
 def _parts(channels: int) -> int:
