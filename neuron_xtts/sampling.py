@@ -6,6 +6,7 @@ minimum length, then, if sampling, temperature, top-k and top-p. The same seed t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -29,6 +30,9 @@ _IGNORED = {"length_penalty"}
 
 # Set on every generation config, and overridden by the token ids that GPT.generate passes.
 _CONFIG_BOOKKEEPING = {"bos_token_id", "eos_token_id", "pad_token_id", "_from_model_config", "transformers_version"}
+
+
+Processor = Callable[[Tensor, Tensor], Tensor]
 
 
 class _NotBefore(transformers.LogitsProcessor):  # type: ignore[misc]
@@ -91,9 +95,12 @@ class Sampling:
             raise Fallback("argument return_dict_in_generate=False")  # coqui-tts looks for the name, not the value
         return sampling
 
-    def processors(self, prefix_length: int, stop_token: int) -> transformers.LogitsProcessorList:
-        """The logits processors, in Hugging Face's order."""
-        processors = transformers.LogitsProcessorList()
+    def processors(self, prefix_length: int, stop_token: int) -> list[Processor]:
+        """The logits processors, in Hugging Face's order.
+
+        Not a ``LogitsProcessorList``, which inspects the signature of every one at every call.
+        """
+        processors: list[Processor] = []
         if self.repetition_penalty != 1.0:
             processors.append(transformers.RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
         if self.min_new_tokens > 0:
@@ -107,8 +114,16 @@ class Sampling:
                 processors.append(transformers.TopPLogitsWarper(self.top_p))
         return processors
 
-    def draw(self, scores: Tensor) -> Tensor:
-        """One code per row (B,) from processed scores (B, V), with torch's global random generator."""
+    def draw(self, processors: Iterable[Processor], ids: Tensor, scores: Tensor) -> Tensor:
+        """One code per row (B,) from scores (B, V), with torch's global random generator.
+
+        Args:
+            processors: of `processors`.
+            ids: (B, N) the prefix and the codes so far.
+            scores: the logits.
+        """
+        for process in processors:
+            scores = process(ids, scores)
         if not (self.do_sample or self.draws):
             return scores.argmax(dim=-1)
         return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)

@@ -167,6 +167,7 @@ class HostVocoder:
             copied.to(self.dtype)
             copied.conv_post = InFloat(last.float())
         self._copy, self._stamp = copied, now
+        give_back_memory()  # the steps in between took more than the result
         self.bytes = sum(tensor.nbytes for tensor in tensors_of(copied))
 
     @torch.no_grad()

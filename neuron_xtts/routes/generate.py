@@ -94,7 +94,7 @@ class Generation:
         processors = sampling.processors(self.prefix.shape[1], gpt.stop_audio_token)
         stopped: set[int] = set()  # rows
         for step, (latents, logits) in enumerate(self.decoding):
-            codes = sampling.draw(processors(self.ids, logits))
+            codes = sampling.draw(processors, self.ids, logits)
             if stopped:
                 codes[list(stopped)] = gpt.stop_audio_token
             self.ids = torch.cat([self.ids, codes[:, None]], dim=1)
