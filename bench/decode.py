@@ -28,7 +28,7 @@ from neuron_xtts.report import table
 KINDS = ("linear layers", "attention", "norms, GELU, sums", "copies and views", "sampling, embedding")
 PROFILED = 40
 
-_LINEAR = {"addmm", "mm", "linear_dynamic", "linear_dynamic_fp16"}
+_LINEAR = {"addmm", "mm", "_linear_pointwise", "linear_dynamic", "linear_dynamic_fp16"}
 _ATTENTION = {"_scaled_dot_product_flash_attention_for_cpu", "cat", "mul_"}
 _SMALL = {"native_layer_norm", "layer_norm", "gelu", "add", "mul", "tanh", "pow", "sum"}
 _VIEWS = {
@@ -91,19 +91,24 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--codes", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=3, help="in turns; the table has medians (default: 3)")
     parser.add_argument("--small", action="store_true")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     xtts, voice = prepare(None, arguments.small)
-    columns: dict[str, dict[str, float]] = {}
-    for variant in (PLAIN, *HOST_PRECISIONS):
-        if variant != PLAIN:
-            neuron_xtts.patch(xtts, precision=variant, backend="cpu")
-        codes(xtts, voice, 4, lambda: None)
-        columns[variant] = measure(xtts, voice, arguments.codes)
-        neuron_xtts.unpatch(xtts)
-    rows = [(name, *(f"{column[name]:.2f}" for column in columns.values())) for name in (*KINDS, "rest", "one code")]
-    print(table((f"ms, around code {arguments.codes // 2}", *columns), rows))
+    samples: dict[str, list[dict[str, float]]] = {variant: [] for variant in (PLAIN, *HOST_PRECISIONS)}
+    for _ in range(arguments.rounds):
+        for variant, taken in samples.items():
+            if variant != PLAIN:
+                neuron_xtts.patch(xtts, precision=variant, backend="cpu")
+            codes(xtts, voice, 4, lambda: None)
+            taken.append(measure(xtts, voice, arguments.codes))
+            neuron_xtts.unpatch(xtts)
+    rows = []
+    for name in (*KINDS, "rest", "one code"):
+        medians = (statistics.median(sample[name] for sample in taken) for taken in samples.values())
+        rows.append((name, *(f"{milliseconds:.2f}" for milliseconds in medians)))
+    print(table((f"ms, around code {arguments.codes // 2}", *samples), rows))
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ class HostVocoder:
 
     @torch.no_grad()
     def __call__(self, frames: Tensor, speaker: Tensor, mask: Tensor | None = None) -> tuple[Tensor]:
-        """See `Vocoder.forward`."""
+        """See `Vocoder.forward`; ``mask`` may have its zeros at the end only."""
         frames, speaker = frames.unsqueeze(2).to(self.dtype), speaker.unsqueeze(2).to(self.dtype)
         used = frames.shape[-1] if mask is None else int(mask.sum())
         padding = Padding(used) if used < frames.shape[-1] else None

@@ -65,7 +65,7 @@ class GraphResults(Results):
         text: tokens.
         codes: how many, and how many latents.
         samples: seconds of every iteration, by method and variant.
-        warm_up: iterations before them, in every block of `_BLOCK`.
+        warm_up: iterations before the first turn, that are not counted; before every later turn there is one.
     """
 
     text: int

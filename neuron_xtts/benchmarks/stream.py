@@ -176,7 +176,7 @@ def bench_stream(
                 if variant != PLAIN:
                     neuron_xtts.patch(xtts, **options)
                 stream(xtts, voice, codes=2, size=1)  # what torch, coqui-tts or a device set up once
-                before = vocoded(xtts) if variant != PLAIN else 0
+                before = vocoded(xtts)
                 results.samples[codes][variant].append(stream(xtts, voice, codes=codes, size=size))
                 if variant != PLAIN:
                     results.worked[codes] = vocoded(xtts) - before
