@@ -5,11 +5,9 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from TTS.vocoder.models.hifigan_generator import HifiganGenerator
 
-from neuron_xtts.backends.kernels import attend, lazy_zeros, linear
+from neuron_xtts.backends.kernels import lazy_zeros, linear
 from neuron_xtts.graphs import conditioning, transformer, vocoder
 from neuron_xtts.graphs.transformer import MASKED, Decode, Latents, Prefill, Trunk, attention
 from neuron_xtts.graphs.vocoder import Vocoder, receptive_field
@@ -78,32 +76,6 @@ def test_both_forms_of_attention():
 
     plain = attention(q.as_subclass(Elsewhere), k, v, mask)
     torch.testing.assert_close(plain.as_subclass(torch.Tensor), fused)
-
-
-@given(
-    rows=st.integers(1, 2), heads=st.integers(1, 4), queries=st.integers(1, 2), used=st.integers(1, 70),
-    spare=st.integers(0, 70), offset=st.integers(0, 3), has_mask=st.booleans(),
-)  # fmt: skip
-@torch.no_grad()
-def test_attention_to_the_first_positions_of_a_cache(rows, heads, queries, used, spare, offset, has_mask):
-    """For one query, the embedding bag finds its rows wherever the cache is, and sees none of the spare ones."""
-    cache = torch.full((offset + 2, rows, heads, used + spare, 8), torch.inf, dtype=torch.double)
-    cache[:, :, :, :used] = torch.randn(offset + 2, rows, heads, used, 8, dtype=torch.double)
-    k, v = cache[offset:, :, :, :used].unbind(0)
-    q = torch.randn(rows, heads, queries, 8, dtype=torch.double)
-    mask = torch.randn(queries, used, dtype=torch.double) if has_mask else None
-    torch.testing.assert_close(attend(q, k, v, mask), attention(q, k, v, mask))
-
-
-def test_values_in_another_order():
-    """Values whose heads do not lie one after the other."""
-    q, k = torch.randn(1, 3, 1, 8), torch.randn(1, 3, 9, 8)
-    for v in (
-        torch.randn(1, 9, 3, 8).transpose(1, 2),
-        torch.randn(1, 3, 8, 9).mT,
-        torch.randn(1, 1, 9, 8).expand_as(k),
-    ):
-        torch.testing.assert_close(attend(q, k, v), attention(q, k, v))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])

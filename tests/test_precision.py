@@ -11,7 +11,7 @@ import neuron_xtts
 from neuron_xtts import BucketPlan, Precision
 from neuron_xtts.api import find_patch
 from neuron_xtts.backends.converted import HostVocoder
-from neuron_xtts.backends.kernels import fp16_product, int8_product
+from neuron_xtts.backends.kernels import multiply, pack
 from neuron_xtts.benchmarks.sentence import accuracy, magnitudes, snr
 from neuron_xtts.demo import random_tts
 from neuron_xtts.graphs.vocoder import Vocoder
@@ -141,14 +141,13 @@ def test_weights_of_another_type(xtts, voice):
 def test_int8_rows_do_not_know_of_each_other():
     """Nor of padding: a loud row does not coarsen a quiet one."""
     weight, bias = torch.randn(256, 512) / 16, torch.randn(512)
-    product, size = int8_product(weight, bias)
-    assert size == weight.numel()
+    packed = pack("int8", weight, bias)
     x = torch.randn(2, 5, 256) * torch.tensor([0.1, 1.0, 30.0, 0.05, 5.0])[:, None]
     x[1, 3] = 0
-    together, exact = product(x), x @ weight
+    together, exact = multiply("int8", x, packed, bias), x @ weight
     for row in range(2):
         for position in range(5):
-            alone = product(x[row : row + 1, position : position + 1])[0, 0] - bias
+            alone = multiply("int8", x[row : row + 1, position : position + 1], packed, bias)[0, 0] - bias
             size = exact[row, position].abs().max()
             assert (alone - exact[row, position]).abs().max() <= 0.03 * size + 1e-6
             assert (together[row, position] - bias - exact[row, position]).abs().max() <= 0.03 * size + 1e-6
@@ -156,11 +155,11 @@ def test_int8_rows_do_not_know_of_each_other():
 
 def test_fp16_product():
     weight, bias = torch.randn(256, 512), torch.randn(512)
-    product, size = fp16_product(weight, bias)
-    assert size == 2 * weight.numel()
+    packed = pack("fp16", weight, bias)
     for shape in ((1, 1, 256), (7, 256), (2, 90, 256)):
         x = torch.randn(shape)
-        torch.testing.assert_close(product(x), x @ weight.half().float() + bias, rtol=0, atol=1e-3)
+        exact = x @ weight.half().float() + bias
+        torch.testing.assert_close(multiply("fp16", x, packed, bias), exact, rtol=0, atol=1e-3)
 
 
 def test_the_quantization_engine_stays(xtts):
@@ -197,7 +196,7 @@ def test_nothing_is_converted_twice(xtts, voice):
     backend = find_patch(xtts).engine.backend
 
     def copies():
-        return [*backend._linears._products.values(), backend._graphs["vocoder"]._copy]
+        return [*backend._linears._packed.values(), backend._graphs["vocoder"]._copy]
 
     at_patch = copies()
     assert len(at_patch) == 2 * 4 + 1

@@ -32,7 +32,8 @@ from torch import nn
 import neuron_xtts
 from neuron_xtts import BucketPlan
 from neuron_xtts.backends.cpu import CpuBackend, HostState
-from neuron_xtts.engine import make_graphs
+from neuron_xtts.backends.onerow import OneRow
+from neuron_xtts.engine import Engine, make_graphs
 from neuron_xtts.hooks import is_hooked, without_recorders
 from neuron_xtts.lowering import traceable
 
@@ -91,9 +92,7 @@ def test_any_stream(models, voice, seed, size, overlap, codes, speed, split, sam
         assert_same_chunks(ours, theirs)
 
 
-@pytest.mark.parametrize(
-    ("owner", "method", "at"), [(CpuBackend, "run", 0), (HostState, "step", 0), (HostState, "step", 33)]
-)
+@pytest.mark.parametrize(("owner", "method", "at"), [(CpuBackend, "run", 0), (Engine, "step", 0), (Engine, "step", 33)])
 def test_a_fault_in_the_middle(xtts, voice, monkeypatch, owner, method, at):
     """coqui-tts's generator goes on where ours stopped: no chunk is lost, none comes twice."""
     options = {"max_new_tokens": 50, **stop_after(xtts, None)}
@@ -167,7 +166,7 @@ def test_streams_side_by_side(xtts, voice, monkeypatch, fault):
     alone = [stream(xtts, voice, text, **options)[0] for text in texts]
     neuron_xtts.patch(xtts)
     if fault:
-        monkeypatch.setattr(HostState, "step", failing(HostState.step, fault))
+        monkeypatch.setattr(Engine, "step", failing(Engine.step, fault))
     streams = [xtts.inference_stream(text, "en", *voice, **options) for text in texts]
     together = list(zip(*streams, strict=True))
     for ours, theirs in zip(zip(*together, strict=True), alone, strict=True):
@@ -211,7 +210,7 @@ def test_a_thousand_abandoned_streams(xtts, voice):
         next(chunks)
         del chunks
     assert held[1000] - held[200] < 8 * 2**20
-    assert not [state for state in gc.get_objects() if type(state) is HostState]
+    assert not [state for state in gc.get_objects() if type(state) in (OneRow, HostState)]
     assert neuron_xtts.report(xtts).routes["GPT.get_generator"].served == 1001
 
 

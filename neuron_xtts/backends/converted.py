@@ -18,15 +18,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from neuron_xtts.backends.kernels import Product, fp16_product, int8_product, linear
+from neuron_xtts.backends.kernels import linear, multiply, pack, row_layer
 from neuron_xtts.errors import Fallback
 from neuron_xtts.graphs.vocoder import Padding, Vocoder, channels_last, fold_weight_norm
 from neuron_xtts.hooks import is_hooked
+from neuron_xtts.precision import WEIGHT_BYTES
 from neuron_xtts.weights import stamp, tensors_of
 
 logger = logging.getLogger(__name__)
-
-_PRODUCTS = {"fp16": fp16_product, "int8": int8_product}
 
 
 class Aside:
@@ -84,14 +83,14 @@ class Linears:
         self.kind = kind
         self.aside = aside
         self.bytes = 0
-        self._products: dict[nn.Module, Product] = {}
+        self._packed: dict[nn.Module, Any] = {}
         self._stamp: Any = None
 
     def convert(self, blocks: Iterable[Any]) -> None:
         """Make copies of the weights of GPT-2 blocks, unless they are there."""
         if self.kind == "fp32":
             return
-        layers = [layer for block in blocks for layer in (block.attn.c_attn, block.attn.c_proj, *_mlp(block))]
+        layers = [layer for block in blocks for layer in linears_of(block)]
         # Another kind of layer computes as it likes; with weights of another kind the route falls back.
         layers = [layer for layer in layers if type(layer) is Conv1D and is_plain(layer)]
 
@@ -101,15 +100,14 @@ class Linears:
         if state() == self._stamp:
             return
         start = time.perf_counter()
-        self._products.clear()
+        self._packed.clear()
         self.bytes = 0
         engine = torch.backends.quantized.engine
         torch.backends.quantized.engine = "fbgemm"  # of the packing; nothing else asks for it later
         try:
             for layer in layers:
-                weight, bias = layer.weight.detach(), layer.bias.detach()
-                self._products[layer], size = _PRODUCTS[self.kind](weight, bias)
-                self.bytes += size
+                self._packed[layer] = pack(self.kind, layer.weight.detach(), layer.bias.detach())
+                self.bytes += WEIGHT_BYTES[self.kind] * layer.weight.numel()
                 if self.aside:
                     self.aside.move(layer.weight)
         finally:
@@ -120,14 +118,27 @@ class Linears:
 
     def __call__(self, module: Any, x: Tensor) -> Tensor:
         """``module(x)``."""
-        product = self._products.get(module)
-        if product is None or is_hooked(module):
+        packed = self._packed.get(module)
+        if packed is None or is_hooked(module):
             return linear(module, x)
-        return product(x)
+        return multiply(self.kind, x, packed, module.bias)
+
+    def argument(self, module: Any) -> Any:
+        """The layer as ``product`` of `product_source` takes it.
+
+        Raises:
+            LookupError: this layer is none that could be.
+        """
+        if self.kind == "fp32" and type(module) is Conv1D and module.weight.is_contiguous() and not is_hooked(module):
+            return row_layer(module)
+        if module in self._packed and not is_hooked(module):
+            return self._packed[module]
+        raise LookupError(f"a {type(module).__name__} that was not converted")
 
 
-def _mlp(block: Any) -> tuple[Any, Any]:
-    return block.mlp.c_fc, block.mlp.c_proj
+def linears_of(block: Any) -> tuple[Any, ...]:
+    """The linear layers of a GPT-2 block, in the order in which they are applied."""
+    return block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
 
 
 class HostVocoder:

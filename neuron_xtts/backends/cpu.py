@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from neuron_xtts.backends.converted import Aside, HostVocoder, Linears
-from neuron_xtts.backends.kernels import attend, cpu_has, lazy_zeros
+from neuron_xtts.backends.kernels import cpu_has, lazy_zeros
+from neuron_xtts.backends.onerow import OneRow
 from neuron_xtts.buckets import Bucket, BucketPlan
 from neuron_xtts.errors import Fallback
 from neuron_xtts.graphs.transformer import Decode, Trunk
@@ -61,7 +62,6 @@ class CpuBackend:
             for module in graph.children():
                 if isinstance(module, Trunk):
                     module.linear = self._linears
-                    module.attend = attend
                     self._trunks[name] = module
         if "vocoder" in graphs:
             in_bf16 = precision.vocoder == "bf16" and cpu_has("avx512_bf16", "amx_bf16")
@@ -93,8 +93,11 @@ class CpuBackend:
         if self._linears.aside:
             self._linears.aside.bring_back()
 
-    def new_state(self, rows: int, positions: int) -> HostState:
+    def new_state(self, rows: int, positions: int) -> HostState | OneRow:
         """See `Backend.new_state`."""
+        if rows == 1 and self.plan.decode is None:
+            with contextlib.suppress(LookupError):
+                return OneRow(self._graphs["decode"], self._linears, positions)
         return HostState(self._graphs["decode"], rows, positions)
 
 

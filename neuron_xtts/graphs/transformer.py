@@ -45,7 +45,6 @@ class Trunk(nn.Module):
 
     Attributes:
         linear: how a linear layer is applied: ``linear(module, x)``, which a backend may replace.
-        attend: how one position attends to the cache, as `attention`, which a backend may replace.
     """
 
     # Modules of the model, by duck typing.
@@ -61,7 +60,6 @@ class Trunk(nn.Module):
         self.heads = heads
         # Not lambdas: graphs are pickled to be compiled.
         self.linear: Callable[[nn.Module, Tensor], Tensor] = apply
-        self.attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = attention
 
     def extra_repr(self) -> str:
         """What the weights do not say."""
@@ -167,7 +165,11 @@ class Decode(nn.Module):
             q, k, v = self.trunk.qkv(block, x)  # (B, H, 1, K)
             write(keys, k)
             write(values, v)
-            x = self.trunk.rest(block, x, self.trunk.attend(q, keys, values, mask))
+            x = self.trunk.rest(block, x, attention(q, keys, values, mask))
+        return self.outputs(x)
+
+    def outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents (B, D) and logits (B, V) of the last block's output (B, 1, D)."""
         latents = self.trunk.latents(x)[:, 0]
         return latents, self.trunk.linear(self.head, latents)
 
