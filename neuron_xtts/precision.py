@@ -31,7 +31,8 @@ NEURON_PRECISIONS = tuple(_CASTS)
 class HostPrecision:
     """What a precision means on the host.
 
-    Embeddings, norms, attention with its cache, the heads, the conditioning encoder and sampling are always in fp32.
+    Embeddings, norms, attention, the heads, the conditioning encoder and sampling are always in fp32. The cache of one
+    row is in fp16 unless linear layers are in fp32.
 
     Attributes:
         name: as in ``patch(precision=...)``.
