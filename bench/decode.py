@@ -102,7 +102,7 @@ def main() -> None:
     for name in (*KINDS, "everything else", "one code"):
         medians = (statistics.median(sample[name] for sample in taken) for taken in samples.values())
         rows.append((name, *(f"{milliseconds:.2f}" for milliseconds in medians)))
-    print(table((f"ms, around code {arguments.codes // 2}", *samples), rows))
+    print(table((f"ms, around code {arguments.codes // 2 + PROFILED // 2}", *samples), rows))
 
 
 if __name__ == "__main__":
