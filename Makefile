@@ -12,15 +12,18 @@ demo-small: .venv/ready
 # What does not depend on the version of coqui-tts or transformers is tested once.
 INDEPENDENT := test_neuron_double.py test_compiler.py test_store.py test_device.py
 
+# In two processes; a group of tests that share what takes long to make is one process's.
+PYTEST := -m pytest --numprocesses 2 --dist loadgroup
+
 # Threads that spin while they wait take the processor from the processes that tests start side by side.
 test: export OMP_WAIT_POLICY = PASSIVE
 test: .venv/ready .venv-next/ready .venv-oldest/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/python -m pytest
-	.venv-next/bin/python -m pytest $(INDEPENDENT:%=--ignore=tests/%)
-	.venv-oldest/bin/python -m pytest tests/test_api.py tests/test_fallbacks.py tests/test_parity.py tests/test_stream.py
+	.venv/bin/python $(PYTEST)
+	.venv-next/bin/python $(PYTEST) $(INDEPENDENT:%=--ignore=tests/%)
+	.venv-oldest/bin/python $(PYTEST) tests/test_api.py tests/test_fallbacks.py tests/test_parity.py tests/test_stream.py
 
 bench: .venv/ready
 	.venv/bin/neuron-xtts bench

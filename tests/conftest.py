@@ -21,6 +21,15 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 logging.getLogger("TTS").setLevel(logging.CRITICAL)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
+def pytest_collection_modifyitems(config, items):
+    """One process makes the compiled graphs, a minute and a half, and runs all tests that need them."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if "compiled" in item.fixturenames:
+                item.add_marker(pytest.mark.xdist_group("compiled"))
+
+
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
     """A recording to clone."""
