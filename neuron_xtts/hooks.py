@@ -1,4 +1,4 @@
-"""Forward hooks of modules: which of them could change a result."""
+"""Code of somebody else in a module: forward hooks, or another ``forward``. Which of it could change a result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ _RECORDERS = "transformers."
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether ``module`` has forward hooks that do more than record."""
+    """Whether calling ``module`` calls more than its class: hooks that do not just record, or another ``forward``."""
+    if "forward" in vars(module):
+        return True
     if not (module._forward_hooks or module._forward_pre_hooks):
         return False
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
@@ -25,10 +27,10 @@ def is_hooked(module: nn.Module) -> bool:
 
 def check_unhooked(modules: Collection[nn.Module]) -> None:
     """Raise `Fallback` if calling one of ``modules`` calls code of somebody else."""
-    if any(is_hooked(module) for module in modules):
-        raise Fallback("forward hooks")
     if any("forward" in vars(module) for module in modules):
         raise Fallback("a forward method that somebody replaced")
+    if any(is_hooked(module) for module in modules):
+        raise Fallback("forward hooks")
 
 
 def without_recorders(module: nn.Module) -> nn.Module:

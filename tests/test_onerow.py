@@ -134,7 +134,7 @@ def test_when_it_is_taken(xtts):
 
 
 class Scaled(torch.nn.Module):
-    """A layer that the program does not know."""
+    """A layer of another kind."""
 
     def __init__(self, inner):
         super().__init__()
@@ -144,25 +144,34 @@ class Scaled(torch.nn.Module):
         return self.inner(x)
 
 
-def replace(block, path):
-    owner = block.get_submodule(path.rpartition(".")[0])
-    setattr(owner, path.rpartition(".")[2], Scaled(block.get_submodule(path)))
+def hook(block, path, calls):
+    block.get_submodule(path).register_forward_hook(lambda *_: calls.append(path))
 
 
+def replace_forward(block, path, calls):
+    layer = block.get_submodule(path)
+    own = layer.forward
+    layer.forward = lambda x: calls.append(path) or own(x)
+
+
+def replace(block, path, calls):
+    owner, _, name = path.rpartition(".")
+    layer = Scaled(block.get_submodule(path))
+    setattr(block.get_submodule(owner), name, layer)
+    hook(block, path, calls)
+
+
+@pytest.mark.parametrize("how", [hook, replace_forward, replace])
 @pytest.mark.parametrize("path", ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @torch.no_grad()
-def test_layers_that_it_does_not_know(precision, path):
-    """Hooked ones, and those of another kind: the graph calls them."""
-    hooked, replaced = decode_graph(2, 8, 2), decode_graph(2, 8, 2)
-    calls = []
-    hooked.trunk.h[1].get_submodule(path).register_forward_hook(lambda *_: calls.append(path))
-    replace(replaced.trunk.h[1], path)
-    for decode in (hooked, replaced):
-        backend = CpuBackend({"decode": decode}, None, HOST[precision])
-        state = backend.new_state(1, 1)
-        assert type(state) is HostState
-        state.step(torch.randn(1, 1, 16), torch.tensor([0], dtype=torch.int32), torch.zeros(1, 1, 1, 1))
+def test_layers_that_it_does_not_know(precision, path, how):
+    """The graph calls them, and so does everything else."""
+    decode, calls = decode_graph(2, 8, 2), []
+    how(decode.trunk.h[1], path, calls)
+    state = CpuBackend({"decode": decode}, None, HOST[precision]).new_state(1, 1)
+    assert type(state) is HostState
+    state.step(torch.randn(1, 1, 16), torch.tensor([0], dtype=torch.int32), torch.zeros(1, 1, 1, 1))
     assert calls == [path]
 
 

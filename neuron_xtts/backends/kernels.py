@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from neuron_xtts.hooks import is_hooked
+
 # What torch.compile makes of linear layers; torch has no public name for it in fp32.
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
     torch.ops.mkldnn, "_linear_pointwise"
@@ -76,7 +78,7 @@ def linear(module: Any, x: Tensor) -> Tensor:
     what an embedding bag computes, and FBGEMM's reads at the memory's bandwidth. Everything else is oneDNN's.
     """
     kind = type(module)
-    if kind not in (Conv1D, nn.Linear) or module._forward_hooks or module._forward_pre_hooks:
+    if kind not in (Conv1D, nn.Linear) or is_hooked(module):
         whole: Tensor = module(x)
         return whole
     weight: Tensor = module.weight  # (channels in, channels out) of a Conv1D, else the other way round

@@ -38,7 +38,7 @@ def run(
     x: Tensor, keys: Tensor, values: Tensor, at: int, chunk_rows: Tensor, slot_rows: Tensor,
     norms: List[Tuple[Tensor, Tensor, float]], layers: List[{layer}],
 ):
-    heads, channels, width, slots = keys.shape[1], keys.shape[3], keys.shape[4], values.shape[2]
+    heads, channels, width = keys.shape[1], keys.shape[3], keys.shape[4]
     chunks, used = at // width + 1, at + 1
     chunk_rows = chunk_rows.narrow(1, 0, chunks * channels).reshape(-1)
     slot_rows = slot_rows.narrow(1, 0, used).reshape(-1)
