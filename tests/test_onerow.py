@@ -1,6 +1,7 @@
 """Decoding of one row on the host: the program against the decode graph."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import GPT2Config, GPT2Model
 import neuron_xtts
 from neuron_xtts import BucketPlan
 from neuron_xtts.api import find_patch
-from neuron_xtts.backends import onerow
+from neuron_xtts.backends import kernels, onerow
 from neuron_xtts.backends.cpu import CpuBackend, HostState
 from neuron_xtts.backends.onerow import OneRow
 from neuron_xtts.graphs.transformer import Decode, Trunk
@@ -173,6 +174,31 @@ def test_layers_that_it_does_not_know(precision, path, how):
     assert type(state) is HostState
     state.step(torch.randn(1, 1, 16), torch.tensor([0], dtype=torch.int32), torch.zeros(1, 1, 1, 1))
     assert calls == [path]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@torch.no_grad()
+def test_without_torchscript(precision, monkeypatch, caplog):
+    """The same sources run as Python, bit for bit."""
+    for cache in (onerow._program, kernels._product):
+        cache.cache_clear()
+    with monkeypatch.context() as patching:
+        patching.delattr(torch.jit, "CompilationUnit")
+        slow = states(decode_graph(2, 8, 2), precision)[0]
+        product = kernels._product(precision.replace("bf16", "fp16"))
+    assert "slower than it could be without TorchScript" in caplog.text
+    for cache in (onerow._program, kernels._product):
+        cache.cache_clear()
+    fast = states(decode_graph(2, 8, 2), precision)[0]
+    assert inspect.isfunction(slow._run)
+    assert inspect.isfunction(product)
+    assert not inspect.isfunction(fast._run)
+    for position in range(70):
+        inputs = torch.randn(1, 1, 16), torch.tensor([position], dtype=torch.int32), torch.zeros(1, 1, 1, position + 1)
+        for a, b in zip(slow.step(*inputs), fast.step(*inputs), strict=True):
+            assert torch.equal(a, b)
+    x, layer = torch.randn(1, 1, 16), fast._layers[0]
+    assert torch.equal(product(x, layer), kernels._product(precision.replace("bf16", "fp16"))(x, layer))
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ All are operators of torch; what is measured of them stands in docs/performance.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import mmap
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from neuron_xtts.hooks import is_hooked
+
+logger = logging.getLogger(__name__)
 
 # What torch.compile makes of linear layers; torch has no public name for it in fp32.
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
@@ -34,7 +37,7 @@ _PRODUCTS = {
 def product(x: Tensor, layer: Tuple[Tensor, Tensor, Tensor, Tensor]):
     weight, bias, rows, bags = layer
     sums = torch.embedding_bag(weight, rows, bags, False, 0, False, x.reshape(-1))[0]
-    return (sums.sum(0) + bias).view(x.shape[:-1] + [-1])
+    return (sums.sum(0) + bias).view(list(x.shape[:-1]) + [-1])
 """,
     ),
     "fp16": (
@@ -67,8 +70,18 @@ def product_source(kind: str) -> tuple[str, str]:
 
 @functools.cache
 def _product(kind: str) -> Callable[[Tensor, Any], Tensor]:
-    product: Callable[[Tensor, Any], Tensor] = torch.jit.CompilationUnit(product_source(kind)[1]).product
-    return product
+    return compiled(product_source(kind)[1], "product")
+
+
+def compiled(source: str, name: str) -> Callable[..., Tensor]:
+    """The function ``name`` of a source in TorchScript, or in Python, if torch, which gives it up, has it no more."""
+    try:
+        return getattr(torch.jit.CompilationUnit(source), name)  # type: ignore[no-any-return]
+    except (AttributeError, RuntimeError) as error:
+        logger.warning("decoding is slower than it could be without TorchScript: %s", error)
+        namespace: dict[str, Any] = {"torch": torch}
+        exec(f"from __future__ import annotations\n{source}", namespace)
+        return namespace[name]  # type: ignore[no-any-return]
 
 
 def linear(module: Any, x: Tensor) -> Tensor:

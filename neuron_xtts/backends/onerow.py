@@ -8,7 +8,7 @@ too, is two sums of weighted rows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from neuron_xtts.backends.converted import Linears, linears_of
-from neuron_xtts.backends.kernels import lazy_zeros, product_source
+from neuron_xtts.backends.kernels import compiled, lazy_zeros, product_source
 from neuron_xtts.graphs.transformer import Decode
 from neuron_xtts.hooks import is_hooked
 
@@ -60,9 +60,9 @@ def run(
 
 
 @functools.cache
-def _program(kind: str) -> Any:
+def _program(kind: str) -> Callable[..., Tensor]:
     layer, product = product_source(kind)
-    return torch.jit.CompilationUnit(product + _PROGRAM.format(layer=layer)).run
+    return compiled(product + _PROGRAM.format(layer=layer), "run")
 
 
 def _norm(module: Any) -> tuple[Tensor, Tensor, float]:
