@@ -33,14 +33,14 @@ _ATTENTION = {"_scaled_dot_product_flash_attention_for_cpu", "cat"}
 
 
 def kind(name: str, shapes: list[list[int]], heads: int) -> str:
-    """The kind of an operator; products are told apart by the heads of the first factor and the width of tables."""
+    """The kind of an operator; products are told apart by the width of tables."""
     name = name.rpartition("::")[2]
     first: list[int] = shapes[0] if shapes else []
-    if name in _ATTENTION or (name in ("bmm", "_softmax") and first and first[0] == heads):
+    if name in _ATTENTION or (name == "_softmax" and first and first[0] == heads):
         return "attention"
     if name.endswith(("embedding_bag", "embedding_bag_forward_only")):
         return "attention" if first and first[1] < 256 else "linear layers"
-    return "linear layers" if name in _LINEAR or name == "bmm" else ""
+    return "linear layers" if name in _LINEAR else ""
 
 
 def codes(xtts: Any, voice: tuple[Any, Any], count: int, tick: Callable[[], None]) -> None:
@@ -88,6 +88,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="in turns; the table has medians (default: 3)")
     parser.add_argument("--small", action="store_true")
     arguments = parser.parse_args()
+    if arguments.codes < 2 * PROFILED + 10:
+        parser.error(
+            f"--codes {arguments.codes} leaves no room for {PROFILED} codes without profiler and as many with it"
+        )
     transformers.logging.set_verbosity_error()
     xtts, voice = prepare(None, arguments.small)
     samples: dict[str, list[dict[str, float]]] = {variant: [] for variant in (PLAIN, *HOST_PRECISIONS)}

@@ -78,15 +78,15 @@ def compare(pair, length, steps, close):
 @torch.no_grad()
 def test_any_length(heads, channels, blocks, length, steps, growth, threads, seed):
     """Wherever chunks of keys begin and end, and the cache grows."""
-    before, held = torch.get_num_threads(), onerow._GROWTH
+    before, held = torch.get_num_threads(), kernels.GROWTH
     torch.set_num_threads(threads)
-    onerow._GROWTH = growth
+    kernels.GROWTH = growth
     try:
         pair = states(decode_graph(heads, channels, blocks, seed), "fp32", length)
         compare(pair, length, steps, lambda a, b: torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5))
     finally:
         torch.set_num_threads(before)
-        onerow._GROWTH = held
+        kernels.GROWTH = held
 
 
 @pytest.mark.parametrize("queries", [1.0, 12.0])
@@ -166,12 +166,14 @@ def replace(block, path, calls):
 @pytest.mark.parametrize("path", ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @torch.no_grad()
-def test_layers_that_it_does_not_know(precision, path, how):
-    """The graph calls them, and so does everything else."""
+def test_layers_that_it_does_not_know(precision, path, how, caplog):
+    """The graph calls them, and the log says so."""
+    caplog.set_level("INFO", logger="neuron_xtts")
     decode, calls = decode_graph(2, 8, 2), []
     how(decode.trunk.h[1], path, calls)
     state = CpuBackend({"decode": decode}, None, HOST[precision]).new_state(1, 1)
     assert type(state) is HostState
+    assert "operator by operator, which is slower: a " in caplog.text
     state.step(torch.randn(1, 1, 16), torch.tensor([0], dtype=torch.int32), torch.zeros(1, 1, 1, 1))
     assert calls == [path]
 

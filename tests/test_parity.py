@@ -341,3 +341,24 @@ def test_hooks_of_positions(xtts, voice):
     theirs = speak(xtts, voice, max_new_tokens=15)
     neuron_xtts.patch(xtts, strict=True)
     assert_same_speech(speak(xtts, voice, max_new_tokens=15), theirs)
+
+
+def hook(layer):
+    layer.register_forward_hook(lambda module, inputs, output: output * 1.5)
+
+
+def replace_forward(layer):
+    own = layer.forward
+    layer.forward = lambda x: own(x) * 1.5
+
+
+@pytest.mark.parametrize("change", [hook, replace_forward])
+@pytest.mark.parametrize("path", ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"])
+def test_layers_with_code_of_somebody_else(xtts, voice, path, change):
+    """A layer inside a block that computes something else does so on graphs, too."""
+    before = speak(xtts, voice, max_new_tokens=15)[0]["gpt_latents"]
+    change(xtts.gpt.gpt.h[1].get_submodule(path))
+    theirs = speak(xtts, voice, max_new_tokens=15)
+    assert not np.array_equal(theirs[0]["gpt_latents"], before)
+    neuron_xtts.patch(xtts, strict=True)
+    assert_same_speech(speak(xtts, voice, max_new_tokens=15), theirs)

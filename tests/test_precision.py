@@ -10,7 +10,7 @@ from helpers import all_fallbacks, assert_identical, dicts, fallbacks, speak, st
 import neuron_xtts
 from neuron_xtts import BucketPlan, Precision
 from neuron_xtts.api import find_patch
-from neuron_xtts.backends.converted import HostVocoder
+from neuron_xtts.backends.converted import HostVocoder, linears_of
 from neuron_xtts.backends.kernels import multiply, pack
 from neuron_xtts.benchmarks.sentence import accuracy, magnitudes, snr
 from neuron_xtts.demo import random_tts
@@ -191,13 +191,16 @@ def test_the_vocoder_in_fp32_and_bf16(wide, wide_voice):
         assert correlation(magnitudes(audio), magnitudes(expected)) > 0.99
 
 
-def test_nothing_is_converted_twice(xtts, voice):
-    neuron_xtts.patch(xtts, backend="cpu", precision="int8")
+@pytest.mark.parametrize(("precision", "size"), [("bf16", 2), ("int8", 1)])
+def test_nothing_is_converted_twice(xtts, voice, precision, size):
+    neuron_xtts.patch(xtts, backend="cpu", precision=precision)
     backend = find_patch(xtts).engine.backend
 
     def copies():
         return [*backend._linears._packed.values(), backend._graphs["vocoder"]._copy]
 
+    linears = [layer for block in xtts.gpt.gpt.h for layer in linears_of(block)]
+    assert backend._linears.bytes == size * sum(layer.weight.numel() for layer in linears)
     at_patch = copies()
     assert len(at_patch) == 2 * 4 + 1
     for _ in range(2):

@@ -129,11 +129,12 @@ class Linears:
         Raises:
             LookupError: this layer is none that could be.
         """
-        if self.kind == "fp32" and type(module) is Conv1D and module.weight.is_contiguous() and not is_hooked(module):
-            return row_layer(module)
-        if module in self._packed and not is_hooked(module):
-            return self._packed[module]
-        raise LookupError(f"a {type(module).__name__} that was not converted")
+        if not is_hooked(module):
+            if self.kind == "fp32" and type(module) is Conv1D and module.weight.is_contiguous():
+                return row_layer(module)
+            if module in self._packed:
+                return self._packed[module]
+        raise LookupError(f"a {type(module).__name__} with hooks, or of another kind")
 
 
 def linears_of(block: Any) -> tuple[Any, ...]:

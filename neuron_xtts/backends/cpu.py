@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from neuron_xtts.backends.converted import Aside, HostVocoder, Linears
-from neuron_xtts.backends.kernels import cpu_has, lazy_zeros
+from neuron_xtts.backends.kernels import cpu_has, lazy_zeros, rounded
 from neuron_xtts.backends.onerow import OneRow
 from neuron_xtts.buckets import Bucket, BucketPlan
 from neuron_xtts.errors import Fallback
@@ -19,8 +20,7 @@ from neuron_xtts.graphs.transformer import Decode, Trunk
 from neuron_xtts.graphs.vocoder import receptive_field
 from neuron_xtts.precision import HOST, HostPrecision
 
-# Positions, of all rows together, by which a state grows: growing copies, and a sentence of XTTS v2 has 1044 at most.
-_GROWTH = 1152
+logger = logging.getLogger(__name__)
 
 # Frames of the vocoder's windows. oneDNN takes 0.03 to 0.1 s to prepare the convolutions for a length that is new to
 # it, and keeps those of some 24 lengths; longer windows outgrow the caches. Fine steps where streams have windows.
@@ -96,8 +96,10 @@ class CpuBackend:
     def new_state(self, rows: int, positions: int) -> HostState | OneRow:
         """See `Backend.new_state`."""
         if rows == 1 and self.plan.decode is None:
-            with contextlib.suppress(LookupError):
+            try:
                 return OneRow(self._graphs["decode"], self._linears, positions)
+            except LookupError as error:
+                logger.info("decoding operator by operator, which is slower: %s", error)
         return HostState(self._graphs["decode"], rows, positions)
 
 
@@ -111,7 +113,7 @@ class HostState:
         self._decode = decode
         trunk = decode.trunk
         channels = trunk.ln_f.weight.shape[0] // trunk.heads
-        shape = (2 * len(trunk.h), rows, trunk.heads, _rounded(positions, rows), channels)
+        shape = (2 * len(trunk.h), rows, trunk.heads, rounded(positions, rows), channels)
         self._data = lazy_zeros(shape, trunk.ln_f.weight.dtype)
 
     @property
@@ -127,7 +129,7 @@ class HostState:
     def grow(self, positions: int) -> None:
         """See `DecodeState.grow`."""
         blocks, rows, heads, held, channels = self._data.shape
-        grown = lazy_zeros((blocks, rows, heads, _rounded(positions, rows), channels), self._data.dtype)
+        grown = lazy_zeros((blocks, rows, heads, rounded(positions, rows), channels), self._data.dtype)
         grown[:, :, :, :held] = self._data
         self._data = grown
 
@@ -141,8 +143,3 @@ class HostState:
         """See `DecodeState.prefix`."""
         keys, values = self._data[:, row, :, :length].chunk(2)
         return list(zip(keys, values, strict=True))
-
-
-def _rounded(positions: int, rows: int) -> int:
-    growth = max(_GROWTH // rows, 128)
-    return -(-positions // growth) * growth

@@ -152,6 +152,16 @@ def multiply(kind: str, x: Tensor, packed: Any, bias: Tensor) -> Tensor:
     return product(x / size, packed).sub_(bias).mul_(size).add_(bias)
 
 
+# Positions, of all rows together, by which a KV cache grows: growing copies, and XTTS v2 has 1044 at most.
+GROWTH = 1152
+
+
+def rounded(positions: int, rows: int = 1) -> int:
+    """The positions to allocate for each of ``rows``."""
+    growth = GROWTH // min(rows, 9)  # so that many rows still grow by 128 at a time
+    return -(-positions // growth) * growth
+
+
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Zeros whose memory the operating system hands out as they are written, in small pages."""
     # Not numpy.zeros: it asks for huge pages, of which a KV cache soon touches every one.

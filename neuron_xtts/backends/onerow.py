@@ -1,8 +1,8 @@
 """Decoding of one row on the host: the blocks of the trunk as one program of TorchScript, over a cache made for it.
 
-The operators are those of the decode graph. Between 25 of them in each of 30 blocks, Python takes as long as a sixth of
-the fastest code; the program does without, and its small operators can afford a layout of the cache in which attention,
-too, is two sums of weighted rows.
+The operators are those of the decode graph. Between some twenty of them in each of 30 blocks, Python takes as long as a
+sixth of the fastest code; the program does without, and its small operators can afford a layout of the cache in which
+attention, too, is two sums of weighted rows.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from neuron_xtts.backends.converted import Linears, linears_of
-from neuron_xtts.backends.kernels import compiled, lazy_zeros, product_source
+from neuron_xtts.backends.kernels import compiled, lazy_zeros, product_source, rounded
 from neuron_xtts.graphs.transformer import Decode
 from neuron_xtts.hooks import is_hooked
 
 # Positions whose keys lie side by side, a choice of ours: a row of them is a cache line or two.
 _WIDTH = 64
-
-# A sentence of XTTS v2 has 1044 positions at most; growing copies.
-_GROWTH = 1152
 
 # H heads, K channels per head, S slots, C chunks of W slots: keys (blocks, H, C, K, W), values (blocks, H, S, K).
 _PROGRAM = """
@@ -67,7 +64,7 @@ def _program(kind: str) -> Callable[..., Tensor]:
 
 def _norm(module: Any) -> tuple[Tensor, Tensor, float]:
     if type(module) is not nn.LayerNorm or is_hooked(module) or module.weight is None or module.bias is None:
-        raise LookupError(f"a {type(module).__name__} that is not plain")
+        raise LookupError(f"a {type(module).__name__} with hooks, without weights or of another kind")
     return module.weight, module.bias, module.eps
 
 
@@ -94,7 +91,7 @@ class OneRow:
 
     def _allocate(self, positions: int) -> None:
         _, heads, _, channels = self._decode.cache_shape(1, 1)
-        blocks, chunks = len(self._decode.trunk.h), -(-positions // _GROWTH) * _GROWTH // _WIDTH
+        blocks, chunks = len(self._decode.trunk.h), rounded(positions) // _WIDTH
         # Zeros, since what a slot holds before it is written must be finite.
         self._keys = lazy_zeros((blocks, heads, chunks, channels, _WIDTH), self._dtype)
         self._values = lazy_zeros((blocks, heads, chunks * _WIDTH, channels), self._dtype)
