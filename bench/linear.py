@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from neuron_xtts.backends.kernels import linear
+from neuron_xtts.backends.host.kernels import linear
 from neuron_xtts.report import table
 
 CHANNELS, BLOCKS = 1024, 30

@@ -4,83 +4,21 @@ from __future__ import annotations
 
 import os
 import time
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from neuron_xtts.buckets import BucketPlan
+from neuron_xtts.coqui.find import check_ready, check_versions, find_xtts
 from neuron_xtts.options import VOICES, Options
 from neuron_xtts.precision import Precision
 from neuron_xtts.report import Report
-from neuron_xtts.target import check_ready, check_versions, find_xtts
 
 if TYPE_CHECKING:
-    from neuron_xtts.compiler import CompileSummary
+    from neuron_xtts.backends.neuron.compiler import CompileSummary
 
 Model = TypeVar("Model")
 PathLike = str | os.PathLike[str]
-Handler = Callable[..., Any]
-
-
-class Patch:
-    """The engine of one model and the proxies that lead to it.
-
-    It holds no reference to the ``Xtts``, and nothing but its proxies holds it: model and patch are freed together.
-    """
-
-    def __init__(self, xtts: Any, options: Options, *, strict: bool, voice_cache: int) -> None:
-        from neuron_xtts.engine import Engine
-        from neuron_xtts.proxy import Installation
-        from neuron_xtts.routes.conditioning import ConditioningRoute
-        from neuron_xtts.routes.generate import GenerateRoute
-        from neuron_xtts.routes.latents import LatentsMemo, LatentsRoute
-        from neuron_xtts.routes.stream import StreamRoute
-        from neuron_xtts.routes.vocoder import VocoderRoute
-        from neuron_xtts.routes.voice import ConditioningLatentsRoute, SpeakerEmbeddingRoute
-
-        gpt, decoder = xtts.gpt, xtts.hifigan_decoder
-        engine = self.engine = Engine(gpt, decoder, options.make_backend, strict=strict)
-        memo, vocoder, stream = LatentsMemo(), VocoderRoute(engine), StreamRoute(engine)
-
-        def serve(name: str, route: Callable[..., Any]) -> Handler:
-            return partial(engine.serve, name, route)
-
-        handlers: dict[str, tuple[Any, str, Handler]] = {
-            ConditioningRoute.name: (gpt, "get_style_emb", serve(ConditioningRoute.name, ConditioningRoute(engine))),
-            GenerateRoute.name: (gpt, "generate", serve(GenerateRoute.name, GenerateRoute(engine, memo))),
-            LatentsRoute.name: (gpt, "forward", serve(LatentsRoute.name, LatentsRoute(engine, memo))),
-            vocoder.FORWARD: (decoder, "forward", serve(vocoder.FORWARD, vocoder.forward)),
-            vocoder.INFERENCE: (decoder, "inference", serve(vocoder.INFERENCE, vocoder.inference)),
-            stream.name: (gpt, "get_generator", partial(engine.stream, stream.name, stream)),
-        }
-        for voice in (ConditioningLatentsRoute, SpeakerEmbeddingRoute):
-            handlers[voice.name] = xtts, voice.name.removeprefix("Xtts."), voice(xtts, engine, voice_cache)
-        self.installations = {name: Installation(*handler, owner=self) for name, handler in handlers.items()}
-
-    def gone(self, xtts: Any) -> list[str]:
-        """Routes that calls no longer reach, because ``load_checkpoint`` or the user replaced what they were on."""
-        modules = [xtts.gpt, xtts.hifigan_decoder]
-        if xtts.gpt is self.engine.gpt and xtts.hifigan_decoder is self.engine.decoder:
-            modules.append(xtts)  # else its routes lead to the voices of other encoders
-        return [name for name, installation in self.installations.items() if not installation.is_on(*modules)]
-
-    def remove(self) -> None:
-        """Take every proxy off again, and leave the weights as they were found."""
-        for installation in reversed(self.installations.values()):
-            installation.remove()
-        self.engine.backend.close()
-
-
-# Not an attribute of the model: unpatch must leave every __dict__ as it was, and a deepcopy must not inherit a patch.
-_patches: weakref.WeakKeyDictionary[Any, weakref.ref[Patch]] = weakref.WeakKeyDictionary()
-
-
-def find_patch(xtts: Any) -> Patch | None:
-    """The patch of a model, if it has one."""
-    reference = _patches.get(xtts)
-    return None if reference is None else reference()
 
 
 def patch(
@@ -120,14 +58,16 @@ def patch(
         NeuronMissingError: ``backend="neuron"`` where Neuron's packages, its driver or a device are not there.
         ValueError: an option has a value that does not exist.
     """
+    from neuron_xtts.patching.patch import install, remove
+
     check_versions()
     xtts = find_xtts(model)
     options = Options.make(backend, precision, buckets, store, to_run=True)
     if type(voice_cache) is not int or voice_cache < 0:
         raise ValueError(f"voice_cache={voice_cache!r}; expected how many voices to remember, or 0 for none")
     check_ready(xtts)
-    unpatch(model)
-    _patches[xtts] = weakref.ref(Patch(xtts, options, strict=strict, voice_cache=voice_cache))
+    remove(xtts)
+    install(xtts, options, strict=strict, voice_cache=voice_cache)
     return model
 
 
@@ -168,9 +108,10 @@ def compile(
         ModelNotReadyError: as for `patch`, or the weights are not in fp32 on the CPU.
         TypeError, UnsupportedVersionError, ValueError: as for `patch`.
     """
-    from neuron_xtts.compiler import CompileSummary, check_exact, compile_all, make_recipes
-    from neuron_xtts.engine import make_graphs
-    from neuron_xtts.jobs import TIMEOUT
+    from neuron_xtts.backends.neuron.compiler import CompileSummary, check_exact, compile_all
+    from neuron_xtts.backends.neuron.jobs import TIMEOUT
+    from neuron_xtts.coqui.recognise import make_graphs
+    from neuron_xtts.coqui.surface import Networks
 
     check_versions()
     xtts = find_xtts(model)
@@ -180,13 +121,12 @@ def compile(
     if options.neuron is None:
         return summary
     start = time.monotonic()
-    graphs, summary.missing = make_graphs(xtts.gpt, xtts.hifigan_decoder)
+    graphs, summary.missing = make_graphs(Networks.of(xtts))
     check_exact(graphs)
-    recipes = make_recipes(graphs, options.static_plan, options.precision, options.neuron, summary.weights)
     summary.store = options.store.root
     summary.entries = compile_all(
         graphs,
-        recipes,
+        options.recipes(graphs, summary.weights),
         options.store,
         precision=options.precision,
         neuron=options.neuron,
@@ -207,11 +147,9 @@ def unpatch(model: Model) -> Model:
     Returns:
         ``model``.
     """
-    xtts = find_xtts(model)
-    found = find_patch(xtts)
-    if found is not None:
-        found.remove()
-        del _patches[xtts]
+    from neuron_xtts.patching.patch import remove
+
+    remove(find_xtts(model))
     return model
 
 
@@ -236,9 +174,11 @@ def is_patched(model: Any) -> bool:
     Args:
         model: as for `patch`.
     """
+    from neuron_xtts.patching.patch import find_patch
+
     xtts = find_xtts(model)
     found = find_patch(xtts)
-    return found is not None and len(found.gone(xtts)) < len(found.installations)
+    return found is not None and len(found.gone(xtts)) < found.installed
 
 
 def report(model: Any) -> Report:
@@ -247,8 +187,8 @@ def report(model: Any) -> Report:
     Args:
         model: as for `patch`. The report of a model that is not patched says so.
     """
+    from neuron_xtts.patching.patch import find_patch
+
     xtts = find_xtts(model)
     found = find_patch(xtts)
-    if found is None:
-        return Report()
-    return found.engine.report(found.installations, found.gone(xtts))
+    return Report() if found is None else found.report(xtts)

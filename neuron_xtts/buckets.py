@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 from neuron_xtts.errors import Fallback
+from neuron_xtts.graphs.catalogue import CATALOGUE
 
 Sizes = tuple[int, ...] | None
 Bucket = tuple[int, ...]
@@ -73,8 +74,8 @@ class BucketPlan:
         )
 
     def dimensions(self, graph: str) -> tuple[Sizes, ...]:
-        """The sizes of each dimension of a graph's buckets: rows and positions of decode, one for the others."""
-        return (self.slots, self.decode) if graph == "decode" else (getattr(self, graph),)
+        """The sizes of each dimension of a graph's buckets, as `GraphSpec.dimensions` names them."""
+        return tuple(getattr(self, field) for field in CATALOGUE[graph].dimensions)
 
     def buckets(self, graph: str) -> list[Bucket]:
         """Every bucket of a graph, smallest first; none where a dimension is exact."""
@@ -86,16 +87,16 @@ class BucketPlan:
 
 
 class Buckets:
-    """The buckets there are: those of a plan, without those that are missing.
+    """The buckets there are: those of a plan, without those that are unavailable.
 
     Args:
         plan: the plan.
-        missing: why a bucket is not to be had, by graph and bucket. It may grow while this is in use.
+        unavailable: why a bucket is not to be had, by graph and bucket. It may grow while this is in use.
     """
 
-    def __init__(self, plan: BucketPlan, missing: Mapping[tuple[str, Bucket], str]) -> None:
+    def __init__(self, plan: BucketPlan, unavailable: Mapping[tuple[str, Bucket], str]) -> None:
         self.plan = plan
-        self.missing = missing
+        self.unavailable = unavailable
 
     def choose(self, graph: str, *needed: int, exact: int = 0) -> Bucket:
         """Return the smallest bucket of ``graph`` that holds ``needed``.
@@ -103,22 +104,24 @@ class Buckets:
         Args:
             graph: its name.
             needed: one number for each dimension.
-            exact: how many of them, counted from the first, must be met exactly.
+            exact: how many of them, counted from the first, must be met exactly; of a graph that takes no padding, all.
 
         Raises:
             Fallback: if there is none.
         """
         dimensions = self.plan.dimensions(graph)
+        if not CATALOGUE[graph].padded:
+            exact = len(dimensions)
         fitting = []
         for i, (sizes, wanted) in enumerate(zip(dimensions, needed, strict=True)):
             held = (wanted,) if sizes is None else sizes
             fitting.append([size for size in held if size == wanted or (size > wanted and i >= exact)])
         candidates = list(product(*fitting))
         for bucket in candidates:
-            if (graph, bucket) not in self.missing:
+            if (graph, bucket) not in self.unavailable:
                 return bucket
         if candidates:
-            raise Fallback(f"no {graph} graph: {self.missing[graph, candidates[0]]}")
+            raise Fallback(f"no {graph} graph: {self.unavailable[graph, candidates[0]]}")
         if () in dimensions:
             raise Fallback(f"no {graph} graph")
         # Not what was needed: reasons are counted, and a count per length would drown the report.
@@ -132,9 +135,9 @@ class Buckets:
         (sizes,) = self.plan.dimensions(graph)
         if sizes is None:
             return None
-        there = tuple(size for size in sizes if (graph, (size,)) not in self.missing)
+        there = tuple(size for size in sizes if (graph, (size,)) not in self.unavailable)
         if sizes and not there:
-            raise Fallback(f"no {graph} graph: {self.missing[graph, sizes[:1]]}")
+            raise Fallback(f"no {graph} graph: {self.unavailable[graph, sizes[:1]]}")
         return there
 
     def name(self, graph: str, bucket: Bucket) -> str:

@@ -11,11 +11,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from neuron_xtts.backends.neuron.store import Store
 from neuron_xtts.buckets import BucketPlan, bucket_name
 from neuron_xtts.errors import NeuronMissingError, NeuronXttsError
 from neuron_xtts.precision import Precision
 from neuron_xtts.report import table
-from neuron_xtts.store import Store
 
 
 def _plan(arguments: argparse.Namespace) -> BucketPlan:
@@ -147,14 +147,20 @@ def run_graphs(arguments: argparse.Namespace) -> int:
 
 
 def _prune(store: Store, stale: bool) -> int:
-    from neuron_xtts.compiler import source_digest
-    from neuron_xtts.device import find_neuron
+    from neuron_xtts.backends.neuron.device import find_neuron
+    from neuron_xtts.backends.neuron.source import source_digest
+    from neuron_xtts.graphs.catalogue import CATALOGUE
 
-    installed, source = find_neuron().versions, source_digest()
+    installed = find_neuron().versions
 
     def is_stale(recipe: dict[str, Any]) -> bool:
         versions = {name: recipe["versions"][name] for name in ("torch-neuronx", "neuronx-cc")}
-        return bool(recipe["source"] != source or any(installed.get(name) != v for name, v in versions.items()))
+        known = recipe["graph"] in CATALOGUE
+        return bool(
+            not known
+            or recipe["source"] != source_digest(recipe["graph"])
+            or any(installed.get(name) != v for name, v in versions.items())
+        )
 
     doomed = list(store.leftovers())
     doomed += [a.folder for a in store if a.quarantined or (stale and is_stale(a.manifest["recipe"]))]
@@ -169,13 +175,14 @@ def _prune(store: Store, stale: bool) -> int:
 
 def _lower(arguments: argparse.Namespace) -> int:
     from neuron_xtts import demo
-    from neuron_xtts.compiler import lower_all
-    from neuron_xtts.engine import make_graphs
-    from neuron_xtts.lowering import frontend
+    from neuron_xtts.backends.neuron.compiler import lower_all
+    from neuron_xtts.backends.neuron.lowering import frontend
+    from neuron_xtts.coqui.recognise import make_graphs
+    from neuron_xtts.coqui.surface import Networks
 
     frontend()
     xtts = demo.load_or_make(arguments.checkpoint, arguments.small).synthesizer.tts_model
-    graphs, missing = make_graphs(xtts.gpt, xtts.hifigan_decoder)
+    graphs, missing = make_graphs(Networks.of(xtts))
     with tempfile.TemporaryDirectory() as scratch:
         lowered = lower_all(graphs, _plan(arguments), Path(scratch), progress=True)
     if arguments.json:

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 import neuron_xtts
-from neuron_xtts.proxy import Installation
+from neuron_xtts.patching.proxy import Installation
 from neuron_xtts.report import table
 
 SAMPLE_RATE = 24000  # of XTTS's audio

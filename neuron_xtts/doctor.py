@@ -14,14 +14,15 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from neuron_xtts.backends.neuron.device import PACKAGES, Neuron, find_neuron
+from neuron_xtts.backends.neuron.store import Store
 from neuron_xtts.buckets import bucket_name
-from neuron_xtts.device import PACKAGES, Neuron, find_neuron
-from neuron_xtts.engine import make_graphs
+from neuron_xtts.coqui.find import SUPPORTED
+from neuron_xtts.coqui.recognise import make_graphs
+from neuron_xtts.coqui.surface import Networks
 from neuron_xtts.errors import describe
 from neuron_xtts.options import Options
 from neuron_xtts.report import table
-from neuron_xtts.store import Store
-from neuron_xtts.target import SUPPORTED
 from neuron_xtts.version import __version__
 
 _OTHERS = ("torchaudio", "torchcodec", "torch-xla", "wrapt", "six")
@@ -101,12 +102,8 @@ def _store(store: Store) -> Iterator[tuple[str, ...]]:
 
 def _graphs(model: Any, options: Options) -> Iterator[tuple[str, ...]]:
     """The state of every graph that a patch with these options would load."""
-    from neuron_xtts.compiler import make_recipes
-    from neuron_xtts.weights import Digester
-
-    assert options.neuron is not None
-    graphs, missing = make_graphs(model.gpt, model.hifigan_decoder)
-    for recipe in make_recipes(graphs, options.static_plan, options.precision, options.neuron, Digester()):
+    graphs, missing = make_graphs(Networks.of(model))
+    for recipe in options.recipes(graphs):
         artifact = options.store.find(recipe)
         if artifact is None:
             state = options.store.explain(recipe)

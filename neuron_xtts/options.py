@@ -7,14 +7,15 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 from neuron_xtts.backends import Backend
+from neuron_xtts.backends.neuron.device import TARGET_VARIABLE, TARGETS, Neuron, find_neuron
+from neuron_xtts.backends.neuron.store import Recipe, Store
 from neuron_xtts.buckets import BucketPlan
-from neuron_xtts.device import TARGET_VARIABLE, TARGETS, Neuron, find_neuron
+from neuron_xtts.coqui.weights import Digester
 from neuron_xtts.errors import NeuronMissingError
+from neuron_xtts.graphs.operators import Graph
 from neuron_xtts.precision import HOST, HOST_PRECISIONS, NEURON_PRECISIONS, Precision
-from neuron_xtts.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -85,22 +86,31 @@ class Options:
         """The buckets on Neuron."""
         return self.plan or BucketPlan.static()
 
-    def make_backend(self, graphs: Mapping[str, Any]) -> Backend:
+    def recipes(self, graphs: Mapping[str, Graph], digester: Digester | None = None) -> list[Recipe]:
+        """What the artifacts of graphs on Neuron are made by, one recipe for each graph and bucket.
+
+        Args:
+            graphs: by name, as `make_graphs` makes them.
+            digester: of the weights; by default one of its own.
+        """
+        from neuron_xtts.backends.neuron.compiler import make_recipes
+
+        assert self.neuron is not None
+        return make_recipes(graphs, self.static_plan, self.precision, self.neuron, digester or Digester())
+
+    def make_backend(self, graphs: Mapping[str, Graph]) -> Backend:
         """The backend, with its graphs loaded."""
         if self.neuron is None:
-            from neuron_xtts.backends.cpu import CpuBackend
+            from neuron_xtts.backends.host.backend import CpuBackend
 
             aside = self.store.root / "aside" if self.precision.release else None
             return CpuBackend(graphs, self.plan, HOST[self.precision.name], aside)
-        from neuron_xtts.backends.neuron import NeuronBackend
-        from neuron_xtts.compiler import make_recipes
-        from neuron_xtts.weights import Digester
+        from neuron_xtts.backends.neuron.backend import NeuronBackend
 
-        recipes = make_recipes(graphs, self.static_plan, self.precision, self.neuron, Digester())
         return NeuronBackend(
             graphs,
             self.static_plan,
-            recipes,
+            self.recipes(graphs),
             precision=self.precision,
             store=self.store,
             core=self.core,

@@ -8,20 +8,19 @@ from dataclasses import dataclass, field
 
 from packaging.version import Version
 
-TRANSFORMER_GRAPHS = ("prefill", "decode", "latents")
-GRAPHS = (*TRANSFORMER_GRAPHS, "vocoder", "conditioning")
+from neuron_xtts.graphs.catalogue import CATALOGUE, GRAPHS
 
 # neuronx-cc's flags for automatic casts, always stated: their defaults changed with 2.22.
 _EXACT = ("--auto-cast=none",)
 _MATMULT_BF16 = ("--auto-cast=matmult", "--auto-cast-type=bf16")
 _ALL_BF16 = ("--auto-cast=all", "--auto-cast-type=bf16")
 
-# The transformer, the vocoder, the conditioning encoder.
+# By precision, the families of graphs that are not exact.
 _CASTS = {
-    "fp32": (_EXACT, _EXACT, _EXACT),
-    "bf16": (_MATMULT_BF16, _EXACT, _EXACT),
+    "fp32": {},
+    "bf16": {"transformer": _MATMULT_BF16},
     # As in the first published XTTS on inf2, which cast everything but left conditioning on the CPU.
-    "bf16-all": (_ALL_BF16, _ALL_BF16, _EXACT),
+    "bf16-all": {"transformer": _ALL_BF16, "vocoder": _ALL_BF16},
 }
 
 NEURON_PRECISIONS = tuple(_CASTS)
@@ -112,8 +111,7 @@ class Precision:
 
     def casts(self, graph: str) -> tuple[str, ...]:
         """The flags for automatic casts of one graph."""
-        transformer, vocoder, conditioning = _CASTS[self.name]
-        return transformer if graph in TRANSFORMER_GRAPHS else vocoder if graph == "vocoder" else conditioning
+        return _CASTS[self.name].get(CATALOGUE[graph].family, _EXACT)
 
     def compiler_arguments(self, graph: str, target: str, compiler: str) -> tuple[str, ...]:
         """What neuronx-cc is given.
@@ -123,10 +121,10 @@ class Precision:
             target: one of `device.TARGETS`.
             compiler: version of neuronx-cc.
         """
-        arguments = [f"--target={target}"]
-        arguments.append(f"--model-type={'generic' if graph in ('vocoder', 'conditioning') else 'transformer'}")
+        family = CATALOGUE[graph].family
+        arguments = [f"--target={target}", f"--model-type={'transformer' if family == 'transformer' else 'generic'}"]
         arguments += self.casts(graph)
-        if graph == "vocoder" and target == "inf2":
+        if family == "vocoder" and target == "inf2":
             arguments.append("--optlevel=1")  # at 2, long convolutions of vocoders do not fit the core's buffers
         if Version(compiler) >= _INT64_FLAGS_SINCE:
             arguments += _INT64_FLAGS

@@ -58,37 +58,49 @@ class GraphCounts:
         return 1 - self.used / self.padded if self.padded else 0.0
 
 
-class Counters:
-    """The counts of one patched model. Threads may count and read at the same time."""
+class CallCounters:
+    """What became of the calls of one patched model, by route. Threads may count and read at the same time."""
 
     def __init__(self) -> None:
         self._routes: dict[str, RouteCounts] = {}
-        self._graphs: dict[str, dict[str, GraphCounts]] = {}
         self._lock = threading.Lock()
 
-    def count_served(self, route: str) -> None:
-        """Count a call that graphs served."""
+    def served(self, route: str, *, handed_over: bool = False) -> None:
+        """Count a call that did not fall back, and whether its result was already there."""
         with self._lock:
-            self._route(route).served += 1
+            counts = self._route(route)
+            counts.served += 1
+            counts.handed_over += handed_over
 
-    def count_handed_over(self, route: str) -> None:
-        """Count a served call as one whose result was already there."""
-        with self._lock:
-            self._route(route).handed_over += 1
-
-    def count_fallback(self, route: str, reason: str) -> bool:
+    def fell_back(self, route: str, reason: str) -> bool:
         """Count a call that coqui-tts serves; true for the first of its reason."""
         with self._lock:
             fallbacks = self._route(route).fallbacks
             fallbacks[reason] += 1
             return fallbacks[reason] == 1
 
-    def add_seconds(self, route: str, seconds: float) -> None:
+    def took(self, route: str, seconds: float) -> None:
         """Add time to a route."""
         with self._lock:
             self._route(route).seconds += seconds
 
-    def count_run(self, graph: str, bucket: str, seconds: float, used: int, padded: int) -> None:
+    def snapshot(self, routes: Iterable[str]) -> dict[str, RouteCounts]:
+        """Copies of the counts of ``routes``, in that order."""
+        with self._lock:
+            return copy.deepcopy({name: self._route(name) for name in routes})
+
+    def _route(self, name: str) -> RouteCounts:
+        return self._routes.setdefault(name, RouteCounts())
+
+
+class RunCounters:
+    """The runs of the graphs of one patched model. Threads may count and read at the same time."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[str, dict[str, GraphCounts]] = {}
+        self._lock = threading.Lock()
+
+    def count(self, graph: str, bucket: str, seconds: float, used: int, padded: int) -> None:
         """Count a run of a graph; see `GraphCounts`."""
         with self._lock:
             counts = self._graphs.setdefault(graph, {}).setdefault(bucket, GraphCounts())
@@ -97,13 +109,10 @@ class Counters:
             counts.used += used
             counts.padded += padded
 
-    def snapshot(self, routes: Iterable[str]) -> tuple[dict[str, RouteCounts], dict[str, dict[str, GraphCounts]]]:
-        """Copies of the counts of ``routes``, in that order, and of all graphs."""
+    def snapshot(self) -> dict[str, dict[str, GraphCounts]]:
+        """Copies of the counts by graph and bucket."""
         with self._lock:
-            return copy.deepcopy({name: self._route(name) for name in routes}), copy.deepcopy(self._graphs)
-
-    def _route(self, name: str) -> RouteCounts:
-        return self._routes.setdefault(name, RouteCounts())
+            return copy.deepcopy(self._graphs)
 
 
 @dataclass

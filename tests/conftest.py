@@ -10,7 +10,8 @@ import torch
 from hypothesis import settings
 
 import neuron_xtts
-from neuron_xtts import BucketPlan, device
+from neuron_xtts import BucketPlan
+from neuron_xtts.backends.neuron import device
 from neuron_xtts.demo import random_tts, write_reference
 
 torch.set_num_threads(2)

@@ -17,12 +17,15 @@ import torch
 from filelock import FileLock
 
 import neuron_xtts
-from neuron_xtts import BucketPlan, compiler, device, jobs
+from neuron_xtts import BucketPlan
+from neuron_xtts.backends.neuron import compiler, device, jobs
+from neuron_xtts.backends.neuron.jobs import JobError, Jobs, MemoryLimit
+from neuron_xtts.backends.neuron.store import MODEL, Store
 from neuron_xtts.cli import main
-from neuron_xtts.engine import make_graphs
+from neuron_xtts.coqui.recognise import make_graphs
+from neuron_xtts.coqui.surface import Networks
+from neuron_xtts.graphs.operators import Graph
 from neuron_xtts.graphs.vocoder import fill_small_kernels, fold_weight_norm
-from neuron_xtts.jobs import JobError, Jobs, MemoryLimit
-from neuron_xtts.store import MODEL, Store
 
 pytest.importorskip("torch_xla")
 
@@ -34,7 +37,7 @@ def vocoders(*sizes):
 @pytest.fixture
 def graphs(tts_original):
     xtts = tts_original.synthesizer.tts_model
-    return make_graphs(xtts.gpt, xtts.hifigan_decoder)[0]
+    return make_graphs(Networks.of(xtts))[0]
 
 
 def test_a_complete_store(tts, neuron, compiled, small_plan, monkeypatch):
@@ -142,7 +145,7 @@ def test_a_graph_that_does_not_lower(tts, neuron, tmp_path, monkeypatch):
     assert summary.entries[0].reason == "aten::upsample_linear1d has no lowering; frames is not connected"
 
 
-class Interpolating(torch.nn.Module):
+class Interpolating(Graph):
     def forward(self, frames):
         return (torch.nn.functional.interpolate(frames, scale_factor=2.0, mode="linear"),)
 
@@ -183,8 +186,8 @@ def test_a_build_machine(tts, neuron_root, tmp_path, monkeypatch):
 CONCURRENT = """
 import sys
 from pathlib import Path
-import neuron_xtts, neuron_xtts.device
-neuron_xtts.device.ROOT = Path(sys.argv[1])
+import neuron_xtts, neuron_xtts.backends.neuron.device
+neuron_xtts.backends.neuron.device.ROOT = Path(sys.argv[1])
 from neuron_xtts.demo import random_tts
 tts = random_tts(Path(sys.argv[2]), small=True)
 plan = neuron_xtts.BucketPlan(prefill=(), decode=(), slots=(), latents=(), vocoder=(64,), conditioning=())
@@ -228,7 +231,7 @@ def workers(store):
             command = (process / "cmdline").read_bytes().decode()
         except OSError:
             continue
-        if "neuron_xtts.worker" in command and str(store) in command:
+        if "neuron_xtts.backends.neuron.worker" in command and str(store) in command:
             found.append(process.name)
     return found
 

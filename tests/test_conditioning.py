@@ -10,9 +10,10 @@ from TTS.tts.layers.tortoise.arch_utils import RelativePositionBias
 from TTS.tts.layers.xtts.gpt import GPT
 from TTS.tts.layers.xtts.perceiver_encoder import FeedForward, RMSNorm
 
+from neuron_xtts.coqui.recognise import conditioning_parts
+from neuron_xtts.coqui.surface import Networks
 from neuron_xtts.errors import Fallback
 from neuron_xtts.graphs.conditioning import Conditioning
-from neuron_xtts.target import check_conditioning
 
 CHUNK = 517  # mel frames of six seconds, the default of `Xtts.get_conditioning_latents`; `TTS.tts` has 345 and 173
 
@@ -49,7 +50,7 @@ def gpt(small):
 
 
 def make_graph(gpt):
-    check_conditioning(gpt)
+    conditioning_parts(Networks(gpt, None))
     return Conditioning(gpt.conditioning_encoder, gpt.conditioning_perceiver)
 
 
@@ -146,7 +147,7 @@ def test_saved_and_loaded(small):
 def test_lowers_and_computes_the_same(size, frames, request):
     """On XLA's CPU device, where attention is written out, against the host."""
     torch_xla = pytest.importorskip("torch_xla")
-    from neuron_xtts.lowering import lower
+    from neuron_xtts.backends.neuron.lowering import lower
 
     graph = make_graph(request.getfixturevalue(size))
     inputs = graph.example(frames)
@@ -208,7 +209,7 @@ UNUSUAL = {
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_another_architecture(gpt, name):
     change, reason = UNUSUAL[name]
-    check_conditioning(gpt)
+    conditioning_parts(Networks(gpt, None))
     change(gpt)
     with pytest.raises(Fallback, match=reason):
-        check_conditioning(gpt)
+        conditioning_parts(Networks(gpt, None))

@@ -4,7 +4,8 @@ import neuron_double
 import pytest
 
 import neuron_xtts
-from neuron_xtts import NeuronMissingError, Precision, device
+from neuron_xtts import NeuronMissingError, Precision
+from neuron_xtts.backends.neuron import device
 from neuron_xtts.precision import NEURON_PRECISIONS, has_small_kernel_defect
 
 

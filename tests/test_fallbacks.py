@@ -14,9 +14,9 @@ from torch import nn
 
 import neuron_xtts
 from neuron_xtts import BucketPlan
-from neuron_xtts.backends.cpu import CpuBackend, HostState
-from neuron_xtts.backends.onerow import OneRow
-from neuron_xtts.engine import Engine
+from neuron_xtts.backends.host.backend import CpuBackend, HostState
+from neuron_xtts.backends.host.onerow import OneRow
+from neuron_xtts.runner import Runner
 
 TEXT = torch.arange(1, 10)[None]
 CODES = torch.arange(100, 120)[None]
@@ -486,9 +486,9 @@ class BoomError(Exception):
 FAULTS = {
     "prefill": (CpuBackend, "run", 0, "GPT.generate"),
     "fill": (OneRow, "fill", 0, "GPT.generate"),
-    "first step": (Engine, "step", 0, "GPT.generate"),
-    "step 9": (Engine, "step", 9, "GPT.generate"),
-    "last step": (Engine, "step", 18, "GPT.generate"),
+    "first step": (Runner, "step", 0, "GPT.generate"),
+    "step 9": (Runner, "step", 9, "GPT.generate"),
+    "last step": (Runner, "step", 18, "GPT.generate"),
     "vocoder": (CpuBackend, "run", 1, "HifiDecoder.forward"),
 }
 
@@ -517,10 +517,10 @@ def test_nan_of_a_graph(xtts, voice, monkeypatch):
     """A graph that returns NaN where coqui-tts does not."""
     options = {"max_new_tokens": 20, **stop_after(xtts, None)}
     theirs = speak(xtts, voice, **options)
-    step, run = Engine.step, CpuBackend.run
+    step, run = Runner.step, CpuBackend.run
     neuron_xtts.patch(xtts)
     with monkeypatch.context() as patching:
-        patching.setattr(Engine, "step", lambda *args: tuple(x * torch.nan for x in step(*args)))
+        patching.setattr(Runner, "step", lambda *args: tuple(x * torch.nan for x in step(*args)))
         assert_same_speech(speak(xtts, voice, **options), theirs)
         assert fallbacks(xtts, "GPT.generate") == {"logits that are not finite": 1}
         patching.setattr(

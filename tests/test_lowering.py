@@ -12,14 +12,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from neuron_xtts import BucketPlan, FrontendMissingError, jobs
+from neuron_xtts import BucketPlan, FrontendMissingError
+from neuron_xtts.backends.neuron import jobs
+from neuron_xtts.backends.neuron.compiler import lower_all
+from neuron_xtts.backends.neuron.lowering import Program, frontend, lower
+from neuron_xtts.backends.neuron.tracing import traceable
 from neuron_xtts.buckets import bucket_name
 from neuron_xtts.cli import main
-from neuron_xtts.compiler import lower_all
-from neuron_xtts.engine import make_graphs
+from neuron_xtts.coqui.recognise import make_graphs
+from neuron_xtts.coqui.surface import Networks
+from neuron_xtts.graphs.operators import Graph
 from neuron_xtts.graphs.transformer import StatefulDecode
 from neuron_xtts.graphs.vocoder import Vocoder, fold_weight_norm
-from neuron_xtts.lowering import Program, frontend, in_bucket, lower, traceable
 
 torch_xla = pytest.importorskip("torch_xla")
 
@@ -29,7 +33,7 @@ PLAN = BucketPlan(prefill=(40,), decode=(48,), slots=(1, 3), latents=(50,), voco
 @pytest.fixture(scope="module")
 def graphs(tts_original):
     xtts = tts_original.synthesizer.tts_model
-    graphs, missing = make_graphs(xtts.gpt, xtts.hifigan_decoder)
+    graphs, missing = make_graphs(Networks.of(xtts))
     assert not missing
     return graphs
 
@@ -39,7 +43,8 @@ def on_device(graphs, plan, names=None):
     prepared = traceable(graphs)
     for name in names or prepared:
         for bucket in plan.buckets(name):
-            module, inputs = in_bucket(copy.deepcopy(prepared[name]), bucket)
+            graph = copy.deepcopy(prepared[name])
+            module, inputs = graph.in_bucket(*bucket), graph.example(*bucket)
             yield name, bucket, module.to(torch_xla.device()), inputs
 
 
@@ -237,7 +242,7 @@ def test_a_process_that_dies(graphs, tmp_path, monkeypatch):
     assert vocoder.problems == []
 
 
-class Dying(nn.Module):
+class Dying(Graph):
     def example(self, length):
         os.abort()
 

@@ -15,14 +15,14 @@ from helpers import all_fallbacks, assert_identical, assert_same_speech, failing
 
 import neuron_xtts
 from neuron_xtts import BucketPlan, demo
+from neuron_xtts.backends.neuron.store import MANIFEST, MODEL, Store
 from neuron_xtts.benchmarks import sentence as sentence_module
 from neuron_xtts.benchmarks import stream as stream_module
 from neuron_xtts.benchmarks.graphs import bench_graphs
 from neuron_xtts.benchmarks.sentence import bench_sentence
 from neuron_xtts.benchmarks.stream import bench_stream
 from neuron_xtts.errors import ArtifactError, Fallback
-from neuron_xtts.graphs.transformer import MASKED
-from neuron_xtts.store import MANIFEST, MODEL, Store
+from neuron_xtts.graphs.operators import MASKED
 
 pytest.importorskip("torch_xla")
 
@@ -157,9 +157,9 @@ NEW_PROCESS = """
 import json, sys
 from pathlib import Path
 import torch
-import neuron_xtts, neuron_xtts.device
+import neuron_xtts, neuron_xtts.backends.neuron.device
 assert "torch_neuronx" not in sys.modules and "TTS" not in sys.modules
-neuron_xtts.device.ROOT = Path(sys.argv[1])
+neuron_xtts.backends.neuron.device.ROOT = Path(sys.argv[1])
 from neuron_xtts.demo import random_tts
 tts = random_tts(Path(sys.argv[2]), small=True)
 plan = neuron_xtts.BucketPlan(**json.loads(sys.argv[4]))
@@ -402,7 +402,7 @@ def test_a_store_that_cannot_be_written(xtts, patch, spoiled, monkeypatch, caplo
     def refuse(path, data):
         raise PermissionError(13, "read-only", str(path))
 
-    monkeypatch.setattr("neuron_xtts.store.write_json", refuse)
+    monkeypatch.setattr("neuron_xtts.backends.neuron.store.write_json", refuse)
     with caplog.at_level(logging.WARNING, logger="neuron_xtts"):
         patch(xtts, store=spoiled.root)
     assert neuron_xtts.report(xtts).missing == {}
@@ -410,9 +410,9 @@ def test_a_store_that_cannot_be_written(xtts, patch, spoiled, monkeypatch, caplo
 
 
 def backend_of(xtts):
-    from neuron_xtts.api import find_patch
+    from neuron_xtts.patching.patch import find_patch
 
-    return find_patch(xtts).engine.backend
+    return find_patch(xtts).runner.backend
 
 
 def test_states_that_take_turns(xtts, patch, monkeypatch):

@@ -11,13 +11,13 @@ from transformers import GPT2Config, GPT2Model
 
 import neuron_xtts
 from neuron_xtts import BucketPlan
-from neuron_xtts.api import find_patch
-from neuron_xtts.backends import kernels, onerow
-from neuron_xtts.backends.cpu import CpuBackend, HostState
-from neuron_xtts.backends.onerow import OneRow
-from neuron_xtts.graphs.transformer import Decode, Trunk
+from neuron_xtts.backends.host import kernels, onerow
+from neuron_xtts.backends.host.backend import CpuBackend, HostState
+from neuron_xtts.backends.host.onerow import OneRow
+from neuron_xtts.backends.neuron.verification import correlation
+from neuron_xtts.graphs.transformer import Decode, KeysAndValues, Trunk
+from neuron_xtts.patching.patch import find_patch
 from neuron_xtts.precision import HOST
-from neuron_xtts.verification import correlation
 
 PRECISIONS = [
     precision
@@ -52,19 +52,21 @@ def compare(pair, length, steps, close):
     """Fill both with the same prefix and feed them the same embeddings."""
     one, graph = pair
     blocks, heads, channels = len(graph._decode.trunk.h), graph._data.shape[2], graph._data.shape[4]
-    prefix = [torch.randn(1, heads, length + 3, channels) for _ in range(2 * blocks)]  # 3: padding of a bucket
+    # 3: padding of a bucket
+    prefix = KeysAndValues.split([torch.randn(1, heads, length + 3, channels) for _ in range(2 * blocks)])
     for state in pair:
         state.fill(0, prefix, length)
     for position in range(length, length + steps):
         for state in pair:
-            if position >= state.positions:
+            if position >= state.capacity:
                 state.grow(position + 1)
         embeds, at = torch.randn(1, 1, heads * channels), torch.tensor([position], dtype=torch.int32)
         mask = torch.zeros(1, 1, 1, position + 1)
         for ours, expected in zip(one.step(embeds, at, mask), graph.step(embeds, at, mask), strict=True):
             close(ours, expected)
-    for ours, expected in zip(one.prefix(0, length + steps), graph.prefix(0, length + steps), strict=True):
-        for a, b in zip(ours, expected, strict=True):
+    ours, expected = (state.cached(0, length + steps) for state in pair)
+    for mine, others in zip(ours, expected, strict=True):
+        for a, b in zip(mine, others, strict=True):
             assert a.dtype == torch.float32
             close(a, b)
 
@@ -95,7 +97,7 @@ def test_what_the_cache_in_fp16_costs(queries):
     """Next to int8 nothing, next to fp16 weights little, even where attention is nearly a choice of one position."""
     exact = HostState(decode_graph(4, 64, 4, queries=queries), 1, 1)
     pairs = {precision: states(decode_graph(4, 64, 4, queries=queries), precision) for precision in PRECISIONS[1:]}
-    prefix = [torch.randn(1, 4, 100, 64) for _ in range(8)]
+    prefix = KeysAndValues.split([torch.randn(1, 4, 100, 64) for _ in range(8)])
     for state in (exact, *(state for pair in pairs.values() for state in pair)):
         state.fill(0, prefix, 100)
     errors = {precision: torch.zeros(2) for precision in pairs}  # of the program and the graph, 1 - correlation
@@ -131,7 +133,7 @@ def test_when_it_is_taken(xtts):
         (BucketPlan.static(), 1, HostState),
     ):
         neuron_xtts.patch(xtts, backend="cpu", buckets=plan)
-        assert type(find_patch(xtts).engine.backend.new_state(rows, 512)) is kind
+        assert type(find_patch(xtts).runner.backend.new_state(rows, 512)) is kind
 
 
 class Scaled(torch.nn.Module):

@@ -9,13 +9,13 @@ from helpers import all_fallbacks, assert_identical, dicts, fallbacks, speak, st
 
 import neuron_xtts
 from neuron_xtts import BucketPlan, Precision
-from neuron_xtts.api import find_patch
-from neuron_xtts.backends.converted import HostVocoder, linears_of
-from neuron_xtts.backends.kernels import multiply, pack
+from neuron_xtts.backends.host.converted import HostVocoder, linears_of
+from neuron_xtts.backends.host.kernels import multiply, pack
+from neuron_xtts.backends.neuron.verification import correlation
 from neuron_xtts.benchmarks.sentence import accuracy, magnitudes, snr
 from neuron_xtts.demo import random_tts
 from neuron_xtts.graphs.vocoder import Vocoder
-from neuron_xtts.verification import correlation
+from neuron_xtts.patching.patch import find_patch
 
 pytestmark = pytest.mark.skipif(
     "fbgemm" not in torch.backends.quantized.supported_engines, reason="torch has FBGEMM for x86 only"
@@ -55,7 +55,7 @@ def test_decoding_agrees_with_the_latents_graph(wide, wide_voice, precision, mon
     """The latents of decode steps, one row at a time, and those of all positions at once."""
     neuron_xtts.patch(wide, backend="cpu", precision=precision, strict=True)
     handed = speak(wide, wide_voice, max_new_tokens=30, min_new_tokens=30)[0]["gpt_latents"]
-    monkeypatch.setattr("neuron_xtts.routes.latents.LatentsMemo.find", lambda *_: None)
+    monkeypatch.setattr("neuron_xtts.routes.memo.LatentsMemo.find", lambda *_: None)
     computed = speak(wide, wide_voice, max_new_tokens=30, min_new_tokens=30)[0]["gpt_latents"]
     neuron_xtts.unpatch(wide)
     assert correlation(torch.tensor(handed), torch.tensor(computed)) > (0.99999 if precision == "bf16" else 0.999)
@@ -194,7 +194,7 @@ def test_the_vocoder_in_fp32_and_bf16(wide, wide_voice):
 @pytest.mark.parametrize(("precision", "size"), [("bf16", 2), ("int8", 1)])
 def test_nothing_is_converted_twice(xtts, voice, precision, size):
     neuron_xtts.patch(xtts, backend="cpu", precision=precision)
-    backend = find_patch(xtts).engine.backend
+    backend = find_patch(xtts).runner.backend
 
     def copies():
         return [*backend._linears._packed.values(), backend._graphs["vocoder"]._copy]
@@ -291,7 +291,7 @@ def test_a_full_disk(xtts, voice, tmp_path, monkeypatch, caplog):
     def full(**_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("neuron_xtts.backends.converted.tempfile.NamedTemporaryFile", full)
+    monkeypatch.setattr("neuron_xtts.backends.host.converted.tempfile.NamedTemporaryFile", full)
     neuron_xtts.patch(xtts, backend="cpu", precision=Precision("int8", release=True), store=tmp_path)
     assert caplog.text.count("fp32 weights stay in memory: [Errno 28] No space left on device") == 1
     speak(xtts, voice, max_new_tokens=5)

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from neuron_xtts.backends.neuron.store import MANIFEST, MODEL, Recipe, Store
+from neuron_xtts.coqui.weights import Digester, stamp, tensors_of
 from neuron_xtts.errors import ArtifactError
-from neuron_xtts.store import MANIFEST, MODEL, Recipe, Store
-from neuron_xtts.weights import Digester, stamp, tensors_of
 
 RECIPE = Recipe(
     graph="decode", bucket=(1, 64), source="s", inputs=(("embeds", "torch.float32", (1, 1, 64)),), states=4,

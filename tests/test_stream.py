@@ -31,11 +31,13 @@ from torch import nn
 
 import neuron_xtts
 from neuron_xtts import BucketPlan
-from neuron_xtts.backends.cpu import CpuBackend, HostState
-from neuron_xtts.backends.onerow import OneRow
-from neuron_xtts.engine import Engine, make_graphs
-from neuron_xtts.hooks import is_hooked, without_recorders
-from neuron_xtts.lowering import traceable
+from neuron_xtts.backends.host.backend import CpuBackend, HostState
+from neuron_xtts.backends.host.onerow import OneRow
+from neuron_xtts.backends.neuron.tracing import traceable
+from neuron_xtts.coqui.hooks import is_hooked, without_recorders
+from neuron_xtts.coqui.recognise import make_graphs
+from neuron_xtts.coqui.surface import Networks
+from neuron_xtts.runner import Runner
 
 TEXT = "the band plays an old song."
 
@@ -92,7 +94,7 @@ def test_any_stream(models, voice, seed, size, overlap, codes, speed, split, sam
         assert_same_chunks(ours, theirs)
 
 
-@pytest.mark.parametrize(("owner", "method", "at"), [(CpuBackend, "run", 0), (Engine, "step", 0), (Engine, "step", 33)])
+@pytest.mark.parametrize(("owner", "method", "at"), [(CpuBackend, "run", 0), (Runner, "step", 0), (Runner, "step", 33)])
 def test_a_fault_in_the_middle(xtts, voice, monkeypatch, owner, method, at):
     """coqui-tts's generator goes on where ours stopped: no chunk is lost, none comes twice."""
     options = {"max_new_tokens": 50, **stop_after(xtts, None)}
@@ -166,7 +168,7 @@ def test_streams_side_by_side(xtts, voice, monkeypatch, fault):
     alone = [stream(xtts, voice, text, **options)[0] for text in texts]
     neuron_xtts.patch(xtts)
     if fault:
-        monkeypatch.setattr(Engine, "step", failing(Engine.step, fault))
+        monkeypatch.setattr(Runner, "step", failing(Runner.step, fault))
     streams = [xtts.inference_stream(text, "en", *voice, **options) for text in texts]
     together = list(zip(*streams, strict=True))
     for ours, theirs in zip(zip(*together, strict=True), alone, strict=True):
@@ -254,7 +256,7 @@ def test_hooks_that_transformers_leaves(xtts, voice):
     neuron_xtts.patch(xtts, strict=True)
     assert_same_chunks(stream(xtts, voice, max_new_tokens=10), theirs)
     assert_same_speech(speak(xtts, voice, max_new_tokens=10), speak(copy.deepcopy(xtts), voice, max_new_tokens=10))
-    graphs, _ = make_graphs(xtts.gpt, xtts.hifigan_decoder)
+    graphs, _ = make_graphs(Networks.of(xtts))
     torch.save(traceable(graphs), io.BytesIO())  # as compile() hands them to its workers
 
 

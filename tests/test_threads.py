@@ -7,7 +7,7 @@ import torch
 from helpers import speak
 
 import neuron_xtts
-from neuron_xtts.threads import usable_cpus
+from neuron_xtts.backends.host.threads import usable_cpus
 
 CPUS = len(os.sched_getaffinity(0))
 

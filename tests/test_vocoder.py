@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import neuron_xtts
 from neuron_xtts import BucketPlan
-from neuron_xtts.routes.vocoder import AudioMemo, common_length
+from neuron_xtts.routes.memo import AudioMemo, common_length
 
 PLANS = {
     "default": None,
@@ -186,7 +186,7 @@ def test_bounded():
     sequences = [torch.randn(1, 64, length) for length in (100, 100, 100, 100, 301)]
     for sequence in sequences:
         memo.complete(sequence, torch.zeros(1), 0, vocode)
-        assert sum(entry.size for entry in memo._entries) <= memo._size
+        assert sum(entry.nbytes for entry in memo._entries) <= memo._size
     assert made == [0] * 5
     assert len(memo._entries) == 0  # the last was larger than all that is allowed
     for sequence in sequences[:4]:

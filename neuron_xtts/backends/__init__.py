@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from neuron_xtts.buckets import Bucket, BucketPlan
+from neuron_xtts.graphs.transformer import KeysAndValues
 
 
 class DecodeState(Protocol):
     """The decode graph and its state: keys and values of the positions decoded so far."""
 
     @property
-    def positions(self) -> int:
+    def capacity(self) -> int:
         """How many positions it holds per row."""
 
-    def fill(self, row: int, keys_and_values: Sequence[Tensor], length: int) -> None:
-        """Write the first ``length`` positions of prefill's (1, H, L, K) keys and values into ``row``."""
+    def fill(self, row: int, cache: KeysAndValues, length: int) -> None:
+        """Write the first ``length`` positions of prefill's keys and values (1, H, L, K) into ``row``."""
 
     def grow(self, positions: int) -> None:
         """Hold at least ``positions``, those of a bucket, from now on, keeping what is there."""
@@ -26,8 +26,8 @@ class DecodeState(Protocol):
     def step(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Run one decode step; ``mask`` is as wide as the part of the state that the step may see."""
 
-    def prefix(self, row: int, length: int) -> list[tuple[Tensor, Tensor]]:
-        """The first ``length`` keys and values (H, length, K) of ``row``, block by block."""
+    def cached(self, row: int, length: int) -> KeysAndValues:
+        """The first ``length`` keys and values (H, length, K) of ``row``."""
 
 
 class Backend(Protocol):
@@ -37,18 +37,17 @@ class Backend(Protocol):
         name: as in ``patch(backend=...)``.
         precision: of the graphs, by name.
         plan: the buckets.
-        missing: why a bucket of the plan is not to be had, by graph and bucket. It may grow.
-        copied: bytes of weights that it keeps in the host's memory beside the model's.
+        unavailable: why a bucket of the plan is not to be had, by graph and bucket. It may grow.
     """
 
     name: str
     precision: str
     plan: BucketPlan
-    missing: dict[tuple[str, Bucket], str]
+    unavailable: dict[tuple[str, Bucket], str]
 
     @property
     def copied(self) -> int:
-        """As above."""
+        """Bytes of weights that it keeps in the host's memory beside the model's."""
 
     def check(self, graph: str) -> None:
         """Raise `Fallback` if the graph would not compute what the model computes now."""

@@ -20,12 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import neuron_xtts
+from neuron_xtts.backends.neuron.verification import correlation
 from neuron_xtts.benchmarks import PLAIN, Results, machine, prepare
 from neuron_xtts.benchmarks.stream import stream
 from neuron_xtts.demo import SENTENCES, Stopwatch
 from neuron_xtts.precision import HOST, WEIGHT_BYTES, Precision
 from neuron_xtts.report import Table
-from neuron_xtts.verification import correlation
 
 STAGES = ("codes", "latents", "vocoder")
 RELEASED = " released"  # what a variant is called whose fp32 weights are not kept in memory

@@ -16,7 +16,7 @@ from tqdm import tqdm
 import neuron_xtts
 from neuron_xtts.benchmarks import PLAIN, Results, machine, prepare
 from neuron_xtts.demo import SAMPLE_RATE, SENTENCES
-from neuron_xtts.proxy import Installation
+from neuron_xtts.patching.proxy import Installation
 from neuron_xtts.report import Table
 
 VARIANTS = (PLAIN, "neuron_xtts")

@@ -6,31 +6,67 @@ Frames are normalised over time and all attend to each other: padding would chan
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from neuron_xtts.graphs.transformer import attention
+from neuron_xtts.graphs.operators import Graph
 
 
-class Conditioning(nn.Module):
-    """Conditioning encoder and perceiver resampler over the very layers of the model: no weight is copied.
+class Heads(Protocol):
+    """An attention without weights, which only knows its heads."""
+
+    n_heads: int
+
+
+class EncoderBlock(Protocol):
+    """A coqui-tts ``AttentionBlock``, as far as it is read."""
+
+    norm: nn.Module
+    qkv: nn.Conv1d
+    attention: Heads
+    proj_out: nn.Conv1d
+
+
+class Encoder(Protocol):
+    """A coqui-tts ``ConditioningEncoder``, as far as it is read."""
+
+    init: nn.Conv1d
+    attn: Sequence[EncoderBlock]
+
+
+class ResamplerAttention(Protocol):
+    """The attention of a coqui-tts ``PerceiverResampler``, as far as it is read."""
+
+    heads: int
+    to_q: nn.Linear
+    to_kv: nn.Linear
+    to_out: nn.Linear
+
+
+class Perceiver(Protocol):
+    """A coqui-tts ``PerceiverResampler``, as far as it is read."""
+
+    proj_context: nn.Module
+    latents: nn.Parameter
+    layers: Iterable[tuple[ResamplerAttention, Sequence[nn.Module]]]
+    norm: nn.Module
+
+
+class Conditioning(Graph):
+    """Conditioning encoder and perceiver resampler.
 
     Args:
-        encoder: a coqui-tts ``ConditioningEncoder``.
-        perceiver: a coqui-tts ``PerceiverResampler``.
+        encoder: of the model.
+        perceiver: of the model.
     """
 
-    # Modules of the model, by duck typing.
-    init: Any
-    blocks: Any
-    proj_context: Any
-    latents: Any
-    norm: Any
+    blocks: Sequence[EncoderBlock]
 
-    def __init__(self, encoder: Any, perceiver: Any) -> None:
+    def __init__(self, encoder: Encoder, perceiver: Perceiver) -> None:
         super().__init__()
         self.init = encoder.init
         self.blocks = encoder.attn
@@ -55,31 +91,41 @@ class Conditioning(nn.Module):
         x = pointwise(self.init, mel.transpose(1, 2))  # (B, T, D)
         for block in self.blocks:
             x = block.norm(x.transpose(1, 2)).transpose(1, 2)
-            x = x + self_attention(block, x)
+            x = x + self.attend(block, x)
         context = self.proj_context(x)
         latents = self.latents.expand(len(x), -1, -1)  # (B, N, D)
         for layer in self.layers:
             latents = layer(latents, context)
         return (self.norm(latents).transpose(1, 2),)
 
-    def example(self, frames: int) -> dict[str, Tensor]:
-        """Inputs by name for ``frames`` mel frames."""
+    def attend(self, block: EncoderBlock, x: Tensor) -> Tensor:
+        """Attention of one block of the encoder among the frames ``x`` (B, T, D), without norm and residual."""
+        rows, frames, channels = x.shape
+        heads = block.attention.n_heads
+        # Heads come first in the fused channels, then queries, keys and values: the reverse of GPT-2.
+        fused = pointwise(block.qkv, x).view(rows, frames, heads, 3, channels // heads)
+        q, k, v = fused.permute(3, 0, 2, 1, 4)  # (B, H, T, K) each
+        return pointwise(block.proj_out, self.operators.attention(q, k, v).transpose(1, 2).reshape(x.shape))
+
+    def example(self, *bucket: int) -> dict[str, Tensor]:
+        """Inputs by name for a number of mel frames."""
+        (frames,) = bucket
         return {"mel": torch.randn(1, self.init.in_channels, frames)}
 
 
-class ResamplerLayer(nn.Module):
+class ResamplerLayer(Graph):
     """One layer of the perceiver: latents attend to themselves and to the frames, then an MLP.
 
     It takes the linear layers alone, because what coqui-tts wraps around its attention cannot be pickled.
 
     Args:
-        attn: a coqui-tts ``Attention`` of the perceiver.
+        attn: attention of the perceiver.
         mlp: linear layer, GEGLU, linear layer.
     """
 
-    def __init__(self, attn: Any, mlp: Any) -> None:
+    def __init__(self, attn: ResamplerAttention, mlp: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.heads: int = attn.heads
+        self.heads = attn.heads
         self.to_q, self.to_kv, self.to_out = attn.to_q, attn.to_kv, attn.to_out
         self.expand, self.contract = mlp[0], mlp[-1]
 
@@ -94,22 +140,12 @@ class ResamplerLayer(nn.Module):
             tensor.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N or N + T, K)
             for tensor in (self.to_q(latents), k, v)
         )
-        latents = latents + self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))
+        latents = latents + self.to_out(self.operators.attention(q, k, v).transpose(1, 2).flatten(2))
         x, gates = self.expand(latents).chunk(2, dim=-1)
         latents = latents + self.contract(x * F.gelu(gates))
         return latents
 
 
-def self_attention(block: Any, x: Tensor) -> Tensor:
-    """Attention of one block of the encoder among the frames ``x`` (B, T, D), without norm and residual."""
-    rows, frames, channels = x.shape
-    heads = block.attention.n_heads
-    # Heads come first in the fused channels, then queries, keys and values: the reverse of GPT-2.
-    fused = pointwise(block.qkv, x).view(rows, frames, heads, 3, channels // heads)
-    q, k, v = fused.permute(3, 0, 2, 1, 4)  # (B, H, T, K) each
-    return pointwise(block.proj_out, attention(q, k, v).transpose(1, 2).reshape(x.shape))
-
-
-def pointwise(conv: Any, x: Tensor) -> Tensor:
+def pointwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
     """A convolution of kernel size 1 as the product that it is, over channels in the last place."""
     return F.linear(x, conv.weight[:, :, 0], conv.bias)

@@ -7,37 +7,46 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from neuron_xtts.graphs.operators import Graph, Mask
 
 LRELU_SLOPE = 0.1  # a fact of the checkpoint, as in the HiFi-GAN paper's code
 FINAL_LRELU_SLOPE = 0.01  # torch's default, which HiFi-GAN uses before its last convolution
 
 
-class Vocoder(nn.Module):
-    """HiFi-GAN over the very convolutions of the model, with a validity mask at every convolution's input.
+class Generator(Protocol):
+    """A coqui-tts ``HifiganGenerator`` without ``lin_pre``, as far as it is read."""
+
+    conv_pre: nn.Conv1d
+    cond_layer: nn.Conv1d
+    ups: Sequence[nn.ConvTranspose1d]
+    cond_in_each_up_layer: bool
+    conds: Sequence[nn.Conv1d]
+    resblocks: nn.ModuleList
+    num_kernels: int
+    conv_post: nn.Conv1d
+
+
+class Vocoder(Graph):
+    """HiFi-GAN with a validity mask at every convolution's input.
 
     A convolution pads its input with zeros at the ends of the audio. Frames that pad a window hold zeros too, but
     biases and speaker conditioning make them anything but zero one layer later: multiplying every input by the mask
     restores what the convolution would have seen.
 
     Args:
-        generator: a coqui-tts ``HifiganGenerator`` without ``lin_pre``.
+        generator: of the model.
     """
 
-    # Modules of the model, by duck typing.
-    conv_pre: Any
-    cond_layer: Any
-    ups: Any
-    conds: Any
-    resblocks: Any
-    kernels: int
-    conv_post: Any
+    ups: Sequence[nn.ConvTranspose1d]
+    conds: Sequence[nn.Conv1d] | None
 
-    def __init__(self, generator: Any) -> None:
+    def __init__(self, generator: Generator) -> None:
         super().__init__()
         self.conv_pre = generator.conv_pre
         self.cond_layer = generator.cond_layer
@@ -47,19 +56,20 @@ class Vocoder(nn.Module):
         self.kernels = generator.num_kernels
         self.conv_post = generator.conv_post
 
-    def forward(self, frames: Tensor, speaker: Tensor, mask: Tensor | Padding | None = None) -> tuple[Tensor]:
+    def forward(self, frames: Tensor, speaker: Tensor, mask: Mask | None = None) -> tuple[Tensor]:
         """Waveform of a window.
 
         Args:
             frames: (B, C, T).
             speaker: (B or 1, G, 1) speaker embedding.
-            mask: (1, 1, T), one where there is a frame and zero where there is padding; or where the padding begins;
-                None means no padding.
+            mask: (1, 1, T), one where there is a frame and zero where there is padding, or what the operators take for
+                it; None means no padding.
 
         Returns:
             audio (B, 1, T * hop). Within the receptive field of a padded or cut edge it is only right if the edge is
             one of the whole audio.
         """
+        leaky_relu, masked = self.operators.leaky_relu, self.operators.masked
         x = self.conv_pre(masked(frames, mask)) + self.cond_layer(speaker)
         for i, up in enumerate(self.ups):
             x = up(masked(leaky_relu(x, LRELU_SLOPE), mask))
@@ -68,15 +78,33 @@ class Vocoder(nn.Module):
             if mask is not None:
                 mask = mask.repeat_interleave(up.stride[-1], -1)
             blocks = self.resblocks[i * self.kernels : (i + 1) * self.kernels]
-            total = resblock(blocks[0], x, mask)
+            total = self.resblock(blocks[0], x, mask)
             for block in blocks[1:]:
-                total += resblock(block, x, mask)
+                total += self.resblock(block, x, mask)
             x = total.div_(self.kernels)
         x = self.conv_post(masked(leaky_relu(x, FINAL_LRELU_SLOPE), mask))
         return (x.tanh(),)
 
-    def example(self, frames: int) -> dict[str, Tensor]:
-        """Inputs by name for a window of ``frames``, the last of them padding."""
+    def resblock(self, block: nn.Module, x: Tensor, mask: Mask | None) -> Tensor:
+        """A HiFi-GAN residual block of type 1 (pairs of convolutions) or 2 (single ones)."""
+        leaky_relu, masked = self.operators.leaky_relu, self.operators.masked
+        for convs in residual_layers(block):
+            y = x
+            for conv in convs:
+                y = conv(masked(leaky_relu(y, LRELU_SLOPE, inplace=y is not x), mask))
+            x = y.add_(x)  # in place: nobody else sees what a convolution returned
+        return x
+
+    def lowerable(self, *, fill: bool) -> Vocoder:
+        """With plain convolutions, in a copy: weight norm does not lower."""
+        folded = fold_weight_norm(self)
+        if fill:
+            fill_small_kernels(folded)
+        return folded
+
+    def example(self, *bucket: int) -> dict[str, Tensor]:
+        """Inputs by name for a window of frames, the last of them padding."""
+        (frames,) = bucket
         mask = torch.ones(1, 1, frames)
         mask[:, :, -1] = 0
         return {
@@ -108,34 +136,6 @@ def fold_weight_norm(vocoder: Vocoder) -> Vocoder:
     for i, block in enumerate(folded.resblocks):
         folded.resblocks[i] = plain_block(block)
     return folded
-
-
-def channels_last(vocoder: Vocoder) -> None:
-    """Replace convolutions over (B, C, T) by equal ones over (B, C, 1, T) with channels last in memory, in place.
-
-    oneDNN computes those faster than one-dimensional ones (measured in docs/performance.md).
-
-    Args:
-        vocoder: of `fold_weight_norm`.
-    """
-    for path, conv in list(vocoder.named_modules()):
-        if not isinstance(conv, (nn.Conv1d, nn.ConvTranspose1d)):
-            continue
-        kind: Any = nn.ConvTranspose2d if isinstance(conv, nn.ConvTranspose1d) else nn.Conv2d
-        flat = kind(
-            conv.in_channels,
-            conv.out_channels,
-            (1, *conv.kernel_size),
-            stride=(1, *conv.stride),
-            padding=(0, *conv.padding),
-            dilation=(1, *conv.dilation),
-            device="meta",
-        )
-        weight = conv.weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
-        flat.weight = nn.Parameter(weight, requires_grad=False)
-        flat.bias = conv.bias
-        parent, _, name = path.rpartition(".")
-        setattr(vocoder.get_submodule(parent), name, flat)
 
 
 def plain_block(block: Any) -> nn.Module:
@@ -176,46 +176,6 @@ def without_dilation(conv: nn.Conv1d) -> nn.Conv1d:
     return filled
 
 
-def leaky_relu(x: Tensor, slope: float, *, inplace: bool = False) -> Tensor:
-    """``x`` where positive, else ``slope`` times ``x``; 0 < slope < 1. In place if it may be."""
-    if x.device.type == "cpu":
-        return F.leaky_relu(x, slope, inplace)
-    return torch.maximum(x, x * slope)  # torch's own lowers to a program with a 64-bit float
-
-
-class Padding:
-    """A mask for padding at the end, which an eager run sets to zero in place: nothing else is touched.
-
-    Args:
-        start: where it begins.
-    """
-
-    def __init__(self, start: int) -> None:
-        self.start = start
-
-    def repeat_interleave(self, repeats: int, dim: int) -> Padding:
-        """As the method of a mask that is a tensor."""
-        return Padding(self.start * repeats)
-
-
-def masked(x: Tensor, mask: Tensor | Padding | None) -> Tensor:
-    """``x`` with its padding set to zero."""
-    if isinstance(mask, Padding):
-        x[..., mask.start :] = 0
-        return x
-    return x if mask is None else x * mask
-
-
-def resblock(block: Any, x: Tensor, mask: Tensor | Padding | None) -> Tensor:
-    """A HiFi-GAN residual block of type 1 (pairs of convolutions) or 2 (single ones)."""
-    for convs in residual_layers(block):
-        y = x
-        for conv in convs:
-            y = conv(masked(leaky_relu(y, LRELU_SLOPE, inplace=y is not x), mask))
-        x = y.add_(x)  # in place: nobody else sees what a convolution returned
-    return x
-
-
 def residual_layers(block: Any) -> list[tuple[Any, ...]]:
     """The convolutions of a residual block, grouped by residual connection."""
     if hasattr(block, "convs1"):
@@ -231,7 +191,7 @@ def receptive_field(vocoder: Vocoder) -> tuple[int, int]:
         blocks = vocoder.resblocks[i * vocoder.kernels : (i + 1) * vocoder.kernels]
         reach = max(sum(_radius(conv) for convs in residual_layers(block) for conv in convs) for block in blocks)
         up = vocoder.ups[i]
-        stride, kernel, padding = up.stride[0], up.kernel_size[0], up.padding[0]
+        stride, kernel, padding = up.stride[0], up.kernel_size[0], int(up.padding[0])
         # Output t of a transposed convolution reads the inputs i with 0 <= t + padding - i * stride < kernel.
         first = math.ceil((first - reach + padding - kernel + 1) / stride)
         last = math.floor((last + reach + padding) / stride)

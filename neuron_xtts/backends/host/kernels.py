@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from neuron_xtts.hooks import is_hooked
+from neuron_xtts.coqui.hooks import is_hooked
 
 logger = logging.getLogger(__name__)
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from neuron_xtts.backends.converted import Aside, HostVocoder, Linears
-from neuron_xtts.backends.kernels import cpu_has, lazy_zeros, rounded
-from neuron_xtts.backends.onerow import OneRow
+from neuron_xtts.backends.host.converted import Aside, HostVocoder, Linears
+from neuron_xtts.backends.host.kernels import cpu_has, lazy_zeros, rounded
+from neuron_xtts.backends.host.onerow import OneRow
+from neuron_xtts.backends.host.operators import HostOperators
 from neuron_xtts.buckets import Bucket, BucketPlan
 from neuron_xtts.errors import Fallback
-from neuron_xtts.graphs.transformer import Decode, Trunk
+from neuron_xtts.graphs.transformer import Decode, KeysAndValues, Trunk
 from neuron_xtts.graphs.vocoder import receptive_field
 from neuron_xtts.precision import HOST, HostPrecision
 
@@ -54,15 +55,16 @@ class CpuBackend:
     ) -> None:
         self.plan = plan or host_plan(graphs)
         self.precision = precision.name
-        self.missing: dict[tuple[str, Bucket], str] = {}
+        self.unavailable: dict[tuple[str, Bucket], str] = {}
         self._graphs = dict(graphs)
         self._linears = Linears(precision.linears, Aside(aside) if aside else None)
         self._trunks: dict[str, Trunk] = {}
         for name, graph in graphs.items():
             for module in graph.children():
                 if isinstance(module, Trunk):
-                    module.linear = self._linears
                     self._trunks[name] = module
+            if name != "vocoder":
+                graph.use(HostOperators(self._linears))
         if "vocoder" in graphs:
             in_bf16 = precision.vocoder == "bf16" and cpu_has("avx512_bf16", "amx_bf16")
             self._graphs["vocoder"] = HostVocoder(graphs["vocoder"], torch.bfloat16 if in_bf16 else torch.float32)
@@ -104,26 +106,24 @@ class CpuBackend:
 
 
 class HostState:
-    """The decode graph with its keys and values in one tensor (2 * blocks, B, H, S, K): all keys, then all values.
+    """The decode graph with its keys and values in one tensor (2 * blocks, B, H, S, K), as `KeysAndValues.together`.
 
     Zeros, since what a slot holds before it is written must be finite.
     """
 
     def __init__(self, decode: Decode, rows: int, positions: int) -> None:
         self._decode = decode
-        trunk = decode.trunk
-        channels = trunk.ln_f.weight.shape[0] // trunk.heads
-        shape = (2 * len(trunk.h), rows, trunk.heads, rounded(positions, rows), channels)
-        self._data = lazy_zeros(shape, trunk.ln_f.weight.dtype)
+        shape = decode.cache_shape(rows, rounded(positions, rows))
+        self._data = lazy_zeros((decode.states, *shape), decode.trunk.ln_f.weight.dtype)
 
     @property
-    def positions(self) -> int:
-        """See `DecodeState.positions`."""
+    def capacity(self) -> int:
+        """See `DecodeState.capacity`."""
         return self._data.shape[3]
 
-    def fill(self, row: int, keys_and_values: Sequence[Tensor], length: int) -> None:
+    def fill(self, row: int, cache: KeysAndValues, length: int) -> None:
         """See `DecodeState.fill`."""
-        for slots, tensor in zip(self._data[:, row], keys_and_values, strict=True):
+        for slots, tensor in zip(self._data[:, row], cache.together(), strict=True):
             slots[:, :length] = tensor[0, :, :length]
 
     def grow(self, positions: int) -> None:
@@ -139,7 +139,6 @@ class HostState:
         latents, logits = self._decode(embeds, positions, mask if mask.any() else None, *cache)
         return latents, logits
 
-    def prefix(self, row: int, length: int) -> list[tuple[Tensor, Tensor]]:
-        """See `DecodeState.prefix`."""
-        keys, values = self._data[:, row, :, :length].chunk(2)
-        return list(zip(keys, values, strict=True))
+    def cached(self, row: int, length: int) -> KeysAndValues:
+        """See `DecodeState.cached`."""
+        return KeysAndValues.split(self._data[:, row, :, :length].unbind(0))

@@ -7,6 +7,8 @@ import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,17 @@ def stamp(tensors: Iterable[Tensor]) -> Stamp:
     return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
 
-def tensors_of(module: nn.Module) -> list[Tensor]:
+class Tensors(Protocol):
+    """Whatever has parameters and buffers, such as an ``nn.Module``."""
+
+    def parameters(self) -> Iterable[Tensor]:
+        """Its parameters."""
+
+    def buffers(self) -> Iterable[Tensor]:
+        """Its buffers."""
+
+
+def tensors_of(module: Tensors) -> list[Tensor]:
     """Parameters and buffers, in a fixed order."""
     return [*module.parameters(), *module.buffers()]
 
@@ -32,13 +44,22 @@ def tensor_digest(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 @dataclass
 class Digester:
     """SHA-256 digests of modules. Tensors that graphs share, as they share the trunk, are read once.
 
     Attributes:
-        bytes_read: of weights.
-        seconds: it took.
+        bytes_read: bytes of weights read so far.
+        seconds: spent on that so far.
     """
 
     bytes_read: int = 0
@@ -46,7 +67,7 @@ class Digester:
     _known: dict[tuple[int, int], str] = field(default_factory=dict)
 
     def digest(self, module: nn.Module) -> str:
-        """Of everything a compiled program would contain of ``module``: its layers, their settings and weights."""
+        """The digest of what a compiled program would contain of a module: its layers, their settings and weights."""
         start = time.perf_counter()
         layers = [(name, type(layer).__name__, layer.extra_repr()) for name, layer in module.named_modules()]
         tensors = [(name, self._tensor(tensor)) for name, tensor in module.state_dict(keep_vars=True).items()]

@@ -1,4 +1,4 @@
-"""One graph in a process of its own: lowered, compiled or verified. `compiler` starts it with a job file.
+"""The program that `jobs` starts with a job in a file: it lowers or compiles one graph, or verifies several.
 
 In the process that asks for it, an operator without a lowering, or a compiler out of memory, would end everything.
 """
@@ -13,19 +13,17 @@ import sys
 import threading
 import time
 import traceback
-import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from neuron_xtts.backends.neuron.store import MODEL, Store, write_json
+from neuron_xtts.backends.neuron.tracing import trace
 from neuron_xtts.buckets import bucket_name
 from neuron_xtts.errors import describe
-from neuron_xtts.graphs.transformer import OUTPUTS
-from neuron_xtts.lowering import in_bucket
-from neuron_xtts.store import MODEL, Store, write_json
+from neuron_xtts.graphs.operators import Graph
 
 RESULT = "result.json"
 
@@ -61,49 +59,36 @@ class Job:
     machine: str | None = None
 
 
-def load(file: str, graph: str) -> Any:
+def load(file: str, graph: str) -> Graph:
     """A graph. Its weights stay in the file until they are read, and are shared with other processes."""
-    graphs: dict[str, nn.Module] = torch.load(file, mmap=True, weights_only=False)
+    graphs: dict[str, Graph] = torch.load(file, mmap=True, weights_only=False)
     return graphs[graph]
 
 
 def lower_graph(job: Job) -> dict[str, Any]:
     """Lower it with the installed frontend."""
-    from neuron_xtts.lowering import frontend, lower
+    from neuron_xtts.backends.neuron.lowering import frontend, lower
 
     device = frontend().device()
-    module, inputs = in_bucket(load(job.graphs, job.graph), tuple(job.bucket))
+    graph = load(job.graphs, job.graph)
+    module, inputs = graph.in_bucket(*job.bucket), graph.example(*job.bucket)
     return asdict(lower(job.graph, bucket_name(job.bucket), module.to(device), inputs))
 
 
 def compile_graph(job: Job) -> dict[str, Any]:
-    """Compile it without touching a device, and save it."""
-    import torch_neuronx
-
-    module, inputs = in_bucket(load(job.graphs, job.graph), tuple(job.bucket))
-    states = list(getattr(module, "states", []))
+    """Compile it, and save the program."""
     folder = Path(job.folder)
-    with warnings.catch_warnings(), torch.no_grad():
-        # What is only a warning to torch_neuronx would be a graph that ignores an input or an option.
-        warnings.filterwarnings("error", message="Received an input tensor that was unused")
-        warnings.filterwarnings("error", message="Unexpected keyword arguments")
-        traced = torch_neuronx.trace(
-            module.eval(),
-            tuple(inputs.values()),
-            input_output_aliases={state: i + OUTPUTS for i, state in enumerate(states)},
-            compiler_workdir=str(folder / f"{job.graph}-{bucket_name(job.bucket)}"),
-            compiler_args=list(job.arguments),
-            cpu_backend=True,
-        )
+    workdir = folder / f"{job.graph}-{bucket_name(job.bucket)}"
+    traced = trace(load(job.graphs, job.graph), tuple(job.bucket), workdir, job.arguments)
     torch.jit.save(traced, str(folder / MODEL))  # type: ignore[no-untyped-call]
     return {}
 
 
 def verify_graphs(job: Job) -> dict[str, Any]:
     """Run artifacts on the device and compare them with the host; the store's manifests take the results."""
-    from neuron_xtts.backends.neuron import LoadedGraph, verify
+    from neuron_xtts.backends.neuron.backend import LoadedGraph, verify
+    from neuron_xtts.backends.neuron.store import Recipe
     from neuron_xtts.precision import Precision
-    from neuron_xtts.store import Recipe
 
     store, precision = Store(job.store), Precision(**job.precision)
     for data, file in job.recipes:

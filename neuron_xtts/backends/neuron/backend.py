@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_xtts.backends.kernels import lazy_zeros
+from neuron_xtts.backends.host.kernels import lazy_zeros
+from neuron_xtts.backends.neuron.store import Artifact, Recipe, Store
+from neuron_xtts.backends.neuron.verification import deviation
 from neuron_xtts.buckets import Bucket, BucketPlan, bucket_name
+from neuron_xtts.coqui.hooks import check_unhooked
+from neuron_xtts.coqui.weights import Digester, stamp, tensors_of
 from neuron_xtts.errors import ArtifactError, Fallback, describe
-from neuron_xtts.graphs.transformer import OUTPUTS, Decode
-from neuron_xtts.hooks import check_unhooked
+from neuron_xtts.graphs.operators import Graph
+from neuron_xtts.graphs.transformer import OUTPUTS, Decode, KeysAndValues
 from neuron_xtts.precision import Precision
-from neuron_xtts.store import Artifact, Recipe, Store
-from neuron_xtts.verification import deviation
-from neuron_xtts.weights import Digester, stamp, tensors_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +35,10 @@ _LOADING = threading.Lock()
 
 
 class NeuronBackend:
-    """Runs graphs on a NeuronCore. What the store lacks, and what fails to load or to verify, is `missing`.
+    """Runs graphs on a NeuronCore. What the store lacks, and what fails to load or to verify, is `unavailable`.
 
     Args:
-        graphs: by name, as the engine makes them.
+        graphs: by name, as `make_graphs` makes them.
         plan: the buckets.
         recipes: of every artifact that the plan needs.
         precision: of the graphs.
@@ -51,7 +52,7 @@ class NeuronBackend:
 
     def __init__(
         self,
-        graphs: Mapping[str, Any],
+        graphs: Mapping[str, Graph],
         plan: BucketPlan,
         recipes: Sequence[Recipe],
         *,
@@ -63,7 +64,7 @@ class NeuronBackend:
         self.graphs = graphs
         self.plan = plan
         self.precision = precision.name
-        self.missing: dict[tuple[str, Bucket], str] = {}
+        self.unavailable: dict[tuple[str, Bucket], str] = {}
         self._loaded: dict[tuple[str, Bucket], LoadedGraph] = {}
         self._recipes = {recipe.graph: recipe for recipe in recipes}
         self._stamps = {name: (stamp(tensors_of(graph)), True) for name, graph in graphs.items()}
@@ -71,16 +72,18 @@ class NeuronBackend:
             try:
                 loaded = self._load(recipe, store, precision, core, machine)
             except Exception as error:
-                self.missing[recipe.graph, recipe.bucket] = first_line(error)
+                self.unavailable[recipe.graph, recipe.bucket] = first_line(error)
                 logger.debug("%s %s", recipe.graph, recipe.bucket, exc_info=True)
             else:
                 self._loaded[recipe.graph, recipe.bucket] = loaded
-        if self.missing:
-            lines = "".join(f"\n  {graph} {bucket_name(b)}: {reason}" for (graph, b), reason in self.missing.items())
+        if self.unavailable:
+            lines = "".join(
+                f"\n  {graph} {bucket_name(b)}: {reason}" for (graph, b), reason in self.unavailable.items()
+            )
             logger.warning(
                 "%d of %d graphs are not to be had, and coqui-tts's own code serves their calls. Graphs that are not "
                 "compiled: neuron_xtts.compile(model), or neuron-xtts compile --checkpoint DIR%s",
-                len(self.missing),
+                len(self.unavailable),
                 len(recipes),
                 lines,
             )
@@ -126,8 +129,8 @@ class NeuronBackend:
         except Exception as error:
             loaded.errors += 1
             if loaded.errors == _ERRORS:
-                self.missing[graph, bucket] = f"given up after {_ERRORS} errors in a row: {first_line(error)}"
-                logger.warning("%s %s: %s", graph, bucket_name(bucket), self.missing[graph, bucket])
+                self.unavailable[graph, bucket] = f"given up after {_ERRORS} errors in a row: {first_line(error)}"
+                logger.warning("%s %s: %s", graph, bucket_name(bucket), self.unavailable[graph, bucket])
             raise
         loaded.errors = 0
         return outputs
@@ -211,21 +214,21 @@ class LoadedGraph:
                 logger.warning("a decode state could not be moved to the host", exc_info=True)
         self._owner = weakref.ref(owner)
 
-    def warm_up(self, graph: Any) -> None:
+    def warm_up(self, graph: Graph) -> None:
         """One call, so that the first real one does not pay for what the runtime sets up."""
         self(*graph.example(*self.recipe.bucket).values())
 
 
 def verify(
-    loaded: LoadedGraph, graph: Any, artifact: Artifact, recipe: Recipe, precision: Precision, machine: str | None
+    loaded: LoadedGraph, graph: Graph, artifact: Artifact, recipe: Recipe, precision: Precision, machine: str | None
 ) -> str | None:
     """Compare an artifact with the host and note the result in its manifest; returns the reason if it is wrong."""
 
-    def run(inputs: Sequence[Tensor], cache: Sequence[Tensor]) -> Sequence[Tensor]:
-        if cache:
-            loaded.write(cache)
+    def run(inputs: Sequence[Tensor], state: Sequence[Tensor]) -> Sequence[Tensor]:
+        if state:
+            loaded.write(state)
         outputs = loaded(*inputs)
-        return [*outputs[:OUTPUTS], *loaded.read()] if cache else outputs
+        return [*outputs[:OUTPUTS], *loaded.read()] if state else outputs
 
     found = deviation(run, graph, recipe.bucket)
     reason = found.beyond(precision.tolerance(recipe.graph))
@@ -257,21 +260,22 @@ class NeuronState:
         self._on_host: Tensor | None = self._empty()
 
     def _empty(self) -> Tensor:
-        decode: Decode = self._backend.graphs["decode"]
-        shape = (self._graph.recipe.states, *decode.cache_shape(*self._bucket))
+        decode = self._backend.graphs["decode"]
+        assert isinstance(decode, Decode)
+        shape = (decode.states, *decode.cache_shape(self._bucket[0], self._bucket[1]))
         return lazy_zeros(shape, decode.head.weight.dtype)  # zeros: what a slot holds must be finite
 
     @property
-    def positions(self) -> int:
-        """See `DecodeState.positions`."""
+    def capacity(self) -> int:
+        """See `DecodeState.capacity`."""
         return self._bucket[1]
 
-    def fill(self, row: int, keys_and_values: Sequence[Tensor], length: int) -> None:
+    def fill(self, row: int, cache: KeysAndValues, length: int) -> None:
         """See `DecodeState.fill`."""
         if self._on_host is None:
             raise RuntimeError("rows are filled before the first step")
         self._length = max(self._length, length)
-        for slots, tensor in zip(self._on_host[:, row], keys_and_values, strict=True):
+        for slots, tensor in zip(self._on_host[:, row], cache.together(), strict=True):
             slots[:, :length] = tensor[0, :, :length].cpu()
 
     def grow(self, positions: int) -> None:
@@ -291,11 +295,9 @@ class NeuronState:
         self._length = max(self._length, int(positions.max()) + 1)
         return latents, logits
 
-    def prefix(self, row: int, length: int) -> list[tuple[Tensor, Tensor]]:
-        """See `DecodeState.prefix`."""
-        rows = [tensor[row, :, :length] for tensor in self._read()]
-        blocks = len(rows) // 2
-        return list(zip(rows[:blocks], rows[blocks:], strict=True))
+    def cached(self, row: int, length: int) -> KeysAndValues:
+        """See `DecodeState.cached`."""
+        return KeysAndValues.split([tensor[row, :, :length] for tensor in self._read()])
 
     def leave(self) -> None:
         """Make way for another call: move to the host."""

@@ -16,11 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuron_xtts.buckets import Bucket
 from neuron_xtts.errors import FrontendMissingError
-from neuron_xtts.graphs.transformer import Decode, StatefulDecode
-from neuron_xtts.graphs.vocoder import fill_small_kernels, fold_weight_norm
-from neuron_xtts.hooks import without_recorders
 
 
 @dataclass(frozen=True)
@@ -93,28 +89,6 @@ def lower(name: str, bucket: str, graph: nn.Module, inputs: Mapping[str, Tensor]
     return Lowering(
         name, bucket, dict(program.operators()), program.flops(), program.bytes(), unlowered, disconnected, rejected
     )
-
-
-def traceable(graphs: Mapping[str, Any], *, fill: bool = False) -> dict[str, nn.Module]:
-    """The graphs with operators that lower; no weight is copied but the vocoder's, and the originals stay as they are.
-
-    Args:
-        graphs: by name, as the engine makes them.
-        fill: replace convolutions whose kernel is smaller than their dilation.
-    """
-    found = {name: without_recorders(graph) for name, graph in graphs.items() if name != "vocoder"}
-    if "vocoder" in graphs:
-        vocoder = fold_weight_norm(graphs["vocoder"])
-        if fill:
-            fill_small_kernels(vocoder)
-        found["vocoder"] = vocoder
-    return found
-
-
-def in_bucket(graph: Any, bucket: Bucket) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The form of a graph that is compiled for a bucket, and example inputs by name."""
-    module = StatefulDecode(graph, *bucket) if isinstance(graph, Decode) else graph
-    return module, module.example(*bucket)
 
 
 def frontend() -> Any:

@@ -8,17 +8,17 @@ attention, too, is two sums of weighted rows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from neuron_xtts.backends.converted import Linears, linears_of
-from neuron_xtts.backends.kernels import compiled, lazy_zeros, product_source, rounded
-from neuron_xtts.graphs.transformer import Decode
-from neuron_xtts.hooks import is_hooked
+from neuron_xtts.backends.host.converted import Linears, linears_of
+from neuron_xtts.backends.host.kernels import compiled, lazy_zeros, product_source, rounded
+from neuron_xtts.coqui.hooks import is_hooked
+from neuron_xtts.graphs.transformer import Decode, KeysAndValues
 
 # Positions whose keys lie side by side, a choice of ours: a row of them is a cache line or two.
 _WIDTH = 64
@@ -100,16 +100,15 @@ class OneRow:
         self._slot_rows = torch.arange(heads * chunks * _WIDTH).view(heads, -1)
 
     @property
-    def positions(self) -> int:
-        """See `DecodeState.positions`."""
+    def capacity(self) -> int:
+        """See `DecodeState.capacity`."""
         return self._values.shape[2]
 
-    def fill(self, row: int, keys_and_values: Sequence[Tensor], length: int) -> None:
+    def fill(self, row: int, cache: KeysAndValues, length: int) -> None:
         """See `DecodeState.fill`."""
-        blocks = len(keys_and_values) // 2
         chunks = -(-length // _WIDTH)
-        for block in range(blocks):
-            keys, values = keys_and_values[block][0, :, :length], keys_and_values[blocks + block][0, :, :length]
+        for block, (k, v) in enumerate(cache.blocks()):
+            keys, values = k[0, :, :length], v[0, :, :length]
             padded = F.pad(keys, (0, 0, 0, chunks * _WIDTH - length))  # (H, C W, K)
             self._keys[block, :, :chunks] = padded.view(len(padded), chunks, _WIDTH, -1).transpose(2, 3)
             self._values[block, :, :length] = values
@@ -135,7 +134,8 @@ class OneRow:
         )
         return self._decode.outputs(x)
 
-    def prefix(self, row: int, length: int) -> list[tuple[Tensor, Tensor]]:
-        """See `DecodeState.prefix`."""
+    def cached(self, row: int, length: int) -> KeysAndValues:
+        """See `DecodeState.cached`."""
         keys = self._keys.transpose(3, 4).flatten(2, 3)  # (blocks, H, S, K)
-        return [(k[:, :length].float(), v[:, :length].float()) for k, v in zip(keys, self._values, strict=True)]
+        first = (tensor[:, :, :length].float().unbind(0) for tensor in (keys, self._values))
+        return KeysAndValues(*first)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import wrapt
@@ -69,10 +69,10 @@ class Installation:
         # Not setattr: nn.Module.__setattr__ looks at types, and a proxy answers for the type it stands for.
         module.__dict__[method] = proxy
 
-    def is_on(self, *modules: nn.Module) -> bool:
-        """Whether one of ``modules`` has the method, and a call of it arrives here, directly or through a wrapper."""
+    def is_on(self, modules: Collection[int]) -> bool:
+        """Whether a module, by its ``id``, has the method, and a call of it arrives here, or through a wrapper."""
         module = self._module()
-        return self.enabled and any(module is other for other in modules) and self.method in vars(module)
+        return self.enabled and id(module) in modules and self.method in vars(module)
 
     def remove(self) -> None:
         """Put back what was there before. Whatever somebody put on top stays, and finds the proxy switched off."""

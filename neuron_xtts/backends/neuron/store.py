@@ -21,6 +21,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from neuron_xtts.buckets import Bucket, bucket_name
+from neuron_xtts.coqui.weights import file_digest
 from neuron_xtts.errors import ArtifactError
 
 logger = logging.getLogger(__name__)
@@ -239,15 +240,6 @@ def write_json(path: Path, data: Any) -> None:
         json.dump(data, file, indent=2)
     os.chmod(file.name, 0o644)  # a store may be shared; temporary files are their owner's alone
     os.replace(file.name, path)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read(folder: Path) -> Artifact | None:

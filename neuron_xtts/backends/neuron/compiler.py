@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import Timeout
 from tqdm import tqdm
 
-from neuron_xtts import graphs as graph_sources
+from neuron_xtts.backends.neuron.device import TARGET_VARIABLE, Neuron
+from neuron_xtts.backends.neuron.jobs import TIMEOUT, JobError, Jobs
+from neuron_xtts.backends.neuron.lowering import Lowering
+from neuron_xtts.backends.neuron.source import source_digest
+from neuron_xtts.backends.neuron.store import LOG, MODEL, Artifact, Recipe, Store
 from neuron_xtts.buckets import Bucket, BucketPlan, bucket_name
-from neuron_xtts.device import TARGET_VARIABLE, Neuron
+from neuron_xtts.coqui.weights import Digester, tensors_of
 from neuron_xtts.errors import ModelNotReadyError
-from neuron_xtts.graphs.transformer import Decode
-from neuron_xtts.jobs import TIMEOUT, JobError, Jobs
-from neuron_xtts.lowering import Lowering
+from neuron_xtts.graphs.operators import Graph
 from neuron_xtts.precision import Precision, has_small_kernel_defect
 from neuron_xtts.report import table
-from neuron_xtts.store import LOG, MODEL, Artifact, Recipe, Store
 from neuron_xtts.version import __version__
-from neuron_xtts.weights import Digester, tensors_of
 
 
 @dataclass
@@ -95,12 +93,12 @@ class CompileSummary:
 
 
 def make_recipes(
-    graphs: Mapping[str, Any], plan: BucketPlan, precision: Precision, neuron: Neuron, digester: Digester
+    graphs: Mapping[str, Graph], plan: BucketPlan, precision: Precision, neuron: Neuron, digester: Digester
 ) -> list[Recipe]:
     """What the artifacts of a plan are made by, one recipe for each graph and bucket.
 
     Args:
-        graphs: by name, as the engine makes them.
+        graphs: by name, as `make_graphs` makes them.
         plan: the buckets; a dimension without sizes is an error.
         precision: of the graphs.
         neuron: what there is of Neuron, with a target.
@@ -109,7 +107,6 @@ def make_recipes(
     assert neuron.target is not None
     compiler = neuron.versions["neuronx-cc"]
     versions = {"torch": torch.__version__, **{name: neuron.versions[name] for name in ("torch-neuronx", "neuronx-cc")}}
-    source = source_digest()
     recipes = []
     for name, graph in graphs.items():
         buckets = plan.buckets(name)
@@ -120,9 +117,9 @@ def make_recipes(
                 Recipe(
                     graph=name,
                     bucket=bucket,
-                    source=source,
+                    source=source_digest(name),
                     inputs=tuple((key, str(tensor.dtype), tuple(tensor.shape)) for key, tensor in inputs.items()),
-                    states=2 * len(graph.trunk.h) if isinstance(graph, Decode) else 0,
+                    states=graph.states,
                     weights=weights,
                     precision=precision.name,
                     arguments=precision.compiler_arguments(name, neuron.target, compiler),
@@ -133,7 +130,7 @@ def make_recipes(
     return recipes
 
 
-def check_exact(graphs: Mapping[str, Any]) -> None:
+def check_exact(graphs: Mapping[str, Graph]) -> None:
     """Raise `ModelNotReadyError` unless all weights are in fp32 on the CPU: the compiler does the rest."""
     for name, graph in graphs.items():
         for tensor in tensors_of(graph):
@@ -145,18 +142,11 @@ def check_exact(graphs: Mapping[str, Any]) -> None:
                 )
 
 
-def source_digest() -> str:
-    """Of the code that graphs are made by."""
-    folder = Path(graph_sources.__file__).parent
-    files = [*sorted(folder.glob("*.py")), folder.parent / "lowering.py"]
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
-
-
-def lower_all(graphs: Mapping[str, Any], plan: BucketPlan, scratch: Path, *, progress: bool) -> list[Lowering]:
+def lower_all(graphs: Mapping[str, Graph], plan: BucketPlan, scratch: Path, *, progress: bool) -> list[Lowering]:
     """Lower every graph in every bucket, each in a process of its own.
 
     Args:
-        graphs: by name, as the engine makes them.
+        graphs: by name, as `make_graphs` makes them.
         plan: the buckets.
         scratch: an empty folder.
         progress: show a bar.
@@ -184,7 +174,7 @@ _ON_HOST = {"PJRT_DEVICE": "CPU"}
 
 
 def compile_all(
-    graphs: Mapping[str, Any],
+    graphs: Mapping[str, Graph],
     recipes: Sequence[Recipe],
     store: Store,
     *,
@@ -197,7 +187,7 @@ def compile_all(
     """Make the artifacts that the store lacks.
 
     Args:
-        graphs: by name, as the engine makes them.
+        graphs: by name, as `make_graphs` makes them.
         recipes: of the artifacts.
         store: where they go.
         precision: for the tolerance, where there is a device to verify them on.
@@ -206,26 +196,32 @@ def compile_all(
         workers: processes at a time; None for as many as memory and processors allow.
         timeout: seconds for one graph.
     """
-    entries = [_found(recipe, store) for recipe in recipes]
-    wanted = [i for i, entry in enumerate(entries) if entry is None]
+    entries = {recipe.name: _found(recipe, store) for recipe in recipes}
+    wanted = [recipe for recipe in recipes if entries[recipe.name] is None]
+    made: dict[str, Entry] = {}
     if wanted:
         fill = has_small_kernel_defect(neuron.versions["neuronx-cc"])
-        with (
-            store.scratch() as scratch,
-            Jobs(scratch, graphs, workers=workers, timeout=timeout, fill=fill) as jobs,
-            tqdm(total=len(wanted), desc="compiling", unit="graph", disable=not progress) as bar,
-        ):
-            # Those with most weights first, so that the last to finish is a short one.
-            wanted.sort(key=lambda i: -jobs.bytes[recipes[i].graph])
-            futures = {jobs.pool.submit(_compile, jobs, recipes[i], store): i for i in wanted}
-            for future in as_completed(futures):
-                entry = entries[futures[future]] = future.result()
-                bar.set_postfix_str(f"{entry.graph} {bucket_name(entry.bucket)} {entry.status}")
-                bar.update()
-            if not list(neuron.device_problems()):
-                compiled = {i: recipes[i] for i in wanted if getattr(entries[i], "status", "") == "compiled"}
-                _verify(jobs, compiled, store, precision, neuron, entries)
-    return [entry for entry in entries if entry is not None]
+        with store.scratch() as scratch, Jobs(scratch, graphs, workers=workers, timeout=timeout, fill=fill) as jobs:
+            made = _compile_each(jobs, wanted, store, progress)
+            new = [recipe for recipe in wanted if made[recipe.name].status == "compiled"]
+            if new and not list(neuron.device_problems()):
+                problem = _verify(jobs, new, store, precision, neuron)
+                made |= {recipe.name: _verified(made[recipe.name], store.find(recipe), problem) for recipe in new}
+    return [entries[recipe.name] or made[recipe.name] for recipe in recipes]
+
+
+def _compile_each(jobs: Jobs, recipes: Sequence[Recipe], store: Store, progress: bool) -> dict[str, Entry]:
+    """What became of each artifact, by its name."""
+    made = {}
+    # Those with most weights first, so that the last to finish is a short one.
+    ordered = sorted(recipes, key=lambda recipe: -jobs.bytes[recipe.graph])
+    with tqdm(total=len(recipes), desc="compiling", unit="graph", disable=not progress) as bar:
+        futures = {jobs.pool.submit(_compile, jobs, recipe, store): recipe for recipe in ordered}
+        for future in as_completed(futures):
+            entry = made[futures[future].name] = future.result()
+            bar.set_postfix_str(f"{entry.graph} {bucket_name(entry.bucket)} {entry.status}")
+            bar.update()
+    return made
 
 
 def _found(recipe: Recipe, store: Store) -> Entry | None:
@@ -289,31 +285,30 @@ def _keep_log(error: Exception, recipe: Recipe, store: Store) -> Path | None:
     return Path(shutil.copy(error.log, folder / f"{recipe.name}.log"))
 
 
-def _verify(
-    jobs: Jobs, recipes: Mapping[int, Recipe], store: Store, precision: Precision, neuron: Neuron, entries: list[Any]
-) -> None:
-    """Verify new artifacts on the device, if it can be had now; else `patch` does, when it loads them first."""
-    if not recipes:
-        return
+def _verify(jobs: Jobs, recipes: Sequence[Recipe], store: Store, precision: Precision, neuron: Neuron) -> str | None:
+    """Verify new artifacts on the device; returns what kept it from ending, if so. Manifests know how far it came."""
     environment = {} if os.environ.get("NEURON_RT_VISIBLE_CORES") else {"NEURON_RT_NUM_CORES": "1"}
-    largest = max(recipes.values(), key=lambda recipe: jobs.bytes[recipe.graph])
-    reason = ""
+    largest = max(recipes, key=lambda recipe: jobs.bytes[recipe.graph])
     try:
         jobs.run(
             "verify",
             largest.graph,
             (),
             environment,
-            recipes=[(recipe.plain(), jobs.file(recipe.graph)) for recipe in recipes.values()],
+            recipes=[(recipe.plain(), jobs.file(recipe.graph)) for recipe in recipes],
             store=str(store.root),
             precision={"name": precision.name, "arguments": dict(precision.arguments)},
             machine=neuron.instance,
         )
     except JobError as error:
-        reason = f": {error}"
-    for i, recipe in recipes.items():  # the manifests know how far it came
-        artifact = store.find(recipe)
-        if artifact and artifact.quarantined:
-            entries[i].status, entries[i].reason = "quarantined", artifact.quarantined
-        elif not artifact or not artifact.manifest["verification"]:
-            entries[i].reason = f"not verified yet, patch() will{reason}"
+        return str(error)
+    return None
+
+
+def _verified(entry: Entry, artifact: Artifact | None, problem: str | None) -> Entry:
+    """What became of a compiled graph, now that its verification was tried; what was not verified, `patch` verifies."""
+    if artifact and artifact.quarantined:
+        return replace(entry, status="quarantined", reason=artifact.quarantined)
+    if artifact and artifact.manifest["verification"]:
+        return entry
+    return replace(entry, reason="not verified yet, patch() will" + (f": {problem}" if problem else ""))

@@ -6,7 +6,7 @@ minimum length, then, if sampling, temperature, top-k and top-p. The same seed t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from neuron_xtts.coqui.surface import GenerationConfig
 from neuron_xtts.errors import Fallback
 
 # Arguments of generate() that change nothing at these values. length_penalty only matters to beam search.
@@ -65,12 +66,12 @@ class Sampling:
     draws: bool = False
 
     @classmethod
-    def parse(cls, kwargs: dict[str, Any], generation_config: Any, max_new_tokens: int) -> Sampling:
+    def parse(cls, kwargs: Mapping[str, Any], generation_config: GenerationConfig, max_new_tokens: int) -> Sampling:
         """Read the keyword arguments of ``generate``.
 
         Args:
             kwargs: as the caller gave them.
-            generation_config: the model's own ``transformers.GenerationConfig``.
+            generation_config: the model's own.
             max_new_tokens: the limit where the caller names none.
 
         Raises:
@@ -114,16 +115,23 @@ class Sampling:
                 processors.append(transformers.TopPLogitsWarper(self.top_p))
         return processors
 
-    def draw(self, processors: Iterable[Processor], ids: Tensor, scores: Tensor) -> Tensor:
-        """One code per row (B,) from scores (B, V), with torch's global random generator.
+    def draw(
+        self,
+        processors: Iterable[Processor],
+        ids: Tensor,
+        scores: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """One code per row (B,) from scores (B, V).
 
         Args:
             processors: of `processors`.
             ids: (B, N) the prefix and the codes so far.
             scores: the logits.
+            generator: what is drawn with; None for torch's global one.
         """
         for process in processors:
             scores = process(ids, scores)
         if not (self.do_sample or self.draws):
             return scores.argmax(dim=-1)
-        return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+        return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1, generator=generator).squeeze(1)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
+from typing import TypeVar
 
 from torch import nn
 
+from neuron_xtts.coqui.weights import tensors_of
 from neuron_xtts.errors import Fallback
-from neuron_xtts.weights import tensors_of
+
+Module = TypeVar("Module", bound=nn.Module)
 
 # transformers 5 leaves hooks of its own once hidden states were asked for, as coqui-tts's streams do. They record, and
 # change nothing.
@@ -33,7 +36,7 @@ def check_unhooked(modules: Collection[nn.Module]) -> None:
         raise Fallback("forward hooks")
 
 
-def without_recorders(module: nn.Module) -> nn.Module:
+def without_recorders(module: Module) -> Module:
     """A copy of the structure, over the same tensors, without the hooks that only record: they cannot be pickled."""
     copied = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors_of(module)})
     for layer in copied.modules():

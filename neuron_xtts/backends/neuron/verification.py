@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from neuron_xtts.buckets import Bucket
-from neuron_xtts.graphs.transformer import Decode
+from neuron_xtts.graphs.operators import Graph
 from neuron_xtts.precision import Tolerance
 
 Runner = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
@@ -39,22 +38,19 @@ class Deviation:
 
 
 @torch.no_grad()
-def deviation(run: Runner, graph: Any, bucket: Bucket) -> Deviation:
+def deviation(run: Runner, graph: Graph, bucket: Bucket) -> Deviation:
     """Run a compiled graph and the same graph on the host on the same random inputs.
 
     Args:
         run: the compiled graph, given inputs and the contents of its state; returns its outputs, then the new state.
-        graph: the same graph, as the engine makes it.
+        graph: the same graph, as `make_graphs` makes it.
         bucket: its sizes.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if isinstance(graph, Decode):
-            inputs, cache = graph.example(*bucket), graph.random_cache(*bucket)
-        else:
-            inputs, cache = graph.example(*bucket), []
-    outputs = run(list(inputs.values()), cache)
-    state = [tensor.clone() for tensor in cache]
+        inputs, contents = graph.example(*bucket), graph.example_state(*bucket)
+    outputs = run(list(inputs.values()), contents)
+    state = [tensor.clone() for tensor in contents]
     expected = [*graph(*inputs.values(), *state), *state]
     found = [_difference(ours, theirs) for ours, theirs in zip(outputs, expected, strict=True)]
     return Deviation(max(error for error, _ in found), min(pcc for _, pcc in found))

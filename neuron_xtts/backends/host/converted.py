@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from neuron_xtts.backends.kernels import linear, multiply, pack, row_layer
+from neuron_xtts.backends.host.kernels import linear, multiply, pack, row_layer
+from neuron_xtts.backends.host.operators import HostOperators, Padding
+from neuron_xtts.coqui.hooks import is_hooked
+from neuron_xtts.coqui.weights import stamp, tensors_of
 from neuron_xtts.errors import Fallback
-from neuron_xtts.graphs.vocoder import Padding, Vocoder, channels_last, fold_weight_norm
-from neuron_xtts.hooks import is_hooked
+from neuron_xtts.graphs.vocoder import Vocoder, fold_weight_norm
 from neuron_xtts.precision import WEIGHT_BYTES
-from neuron_xtts.weights import stamp, tensors_of
 
 logger = logging.getLogger(__name__)
 
@@ -174,10 +175,11 @@ class HostVocoder:
             if not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)) and not list(module.children()):
                 raise Fallback(f"a {type(module).__name__} where a convolution belongs")
         channels_last(copied)
+        copied.use(HostOperators())
         if self.dtype is not torch.float32:
             last = copied.conv_post
             copied.to(self.dtype)
-            copied.conv_post = InFloat(last.float())
+            copied.conv_post = InFloat(last.float())  # type: ignore[assignment]
         self._copy, self._stamp = copied, now
         give_back_memory()  # the steps in between took more than the result
         self.bytes = sum(tensor.nbytes for tensor in tensors_of(copied))
@@ -190,6 +192,34 @@ class HostVocoder:
         padding = Padding(used) if used < frames.shape[-1] else None
         (audio,) = self._copy(frames.contiguous(memory_format=torch.channels_last), speaker, padding)
         return (audio.squeeze(2),)
+
+
+def channels_last(vocoder: Vocoder) -> None:
+    """Replace convolutions over (B, C, T) by equal ones over (B, C, 1, T) with channels last in memory, in place.
+
+    oneDNN computes those faster than one-dimensional ones (measured in docs/performance.md).
+
+    Args:
+        vocoder: of `fold_weight_norm`.
+    """
+    for path, conv in list(vocoder.named_modules()):
+        if not isinstance(conv, (nn.Conv1d, nn.ConvTranspose1d)):
+            continue
+        kind: Any = nn.ConvTranspose2d if isinstance(conv, nn.ConvTranspose1d) else nn.Conv2d
+        flat = kind(
+            conv.in_channels,
+            conv.out_channels,
+            (1, *conv.kernel_size),
+            stride=(1, *conv.stride),
+            padding=(0, *conv.padding),
+            dilation=(1, *conv.dilation),
+            device="meta",
+        )
+        weight = conv.weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+        flat.weight = nn.Parameter(weight, requires_grad=False)
+        flat.bias = conv.bias
+        parent, _, name = path.rpartition(".")
+        setattr(vocoder.get_submodule(parent), name, flat)
 
 
 class InFloat(nn.Module):

@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
+from neuron_xtts.backends.neuron.store import LOG, write_json
+from neuron_xtts.backends.neuron.tracing import traceable
+from neuron_xtts.backends.neuron.worker import RESULT, Job
 from neuron_xtts.buckets import Bucket
+from neuron_xtts.coqui.weights import tensors_of
 from neuron_xtts.errors import NeuronXttsError
-from neuron_xtts.lowering import traceable
-from neuron_xtts.precision import TRANSFORMER_GRAPHS
-from neuron_xtts.store import LOG, write_json
-from neuron_xtts.weights import tensors_of
-from neuron_xtts.worker import RESULT, Job
+from neuron_xtts.graphs.catalogue import CATALOGUE
+from neuron_xtts.graphs.operators import Graph
 
 # What a job may need beside the graph's weights, and how often it holds these: in torch, in the program's text, in the
 # compiler. Guesses on the safe side; neuronx-cc's own documentation gives no figures.
@@ -52,42 +53,41 @@ class Jobs:
 
     Args:
         scratch: a folder for their files.
-        graphs: by name, as the engine makes them.
+        graphs: by name, as `make_graphs` makes them.
         workers: how many at a time, whatever the memory; None for as many as processors, if memory allows.
         timeout: seconds for one.
         fill: as for `traceable`.
 
     Attributes:
         stopped: whether the end has come.
-        bytes: of the weights of each graph.
+        bytes: how many the weights of each graph take.
     """
 
     def __init__(
-        self, scratch: Path, graphs: Mapping[str, Any], *, workers: int | None, timeout: float, fill: bool
+        self, scratch: Path, graphs: Mapping[str, Graph], *, workers: int | None, timeout: float, fill: bool
     ) -> None:
         self.scratch = scratch
         self.timeout = timeout
         self.pool = ThreadPoolExecutor(workers or os.cpu_count())
-        modules = traceable(graphs, fill=fill)
-        # Those of the transformer in one file, where the weights that they share are written once.
-        self._files = {name: f"{'transformer' if name in TRANSFORMER_GRAPHS else name}.pt" for name in modules}
+        self.stopped = False
+        self._graphs = traceable(graphs, fill=fill)
+        self.bytes = {name: sum(t.nbytes for t in tensors_of(graph)) for name, graph in self._graphs.items()}
+        self._memory = MemoryLimit(None if workers else available_memory())
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        self._number = iter(range(1 << 30))
+
+    def __enter__(self) -> Jobs:
         try:
-            for file in set(self._files.values()):
-                members = {name: module for name, module in modules.items() if self._files[name] == file}
-                torch.save(members, scratch / file)  # in a folder of this process alone, and gone with it
+            # A family in one file, where the weights that its graphs share are written once.
+            for family in {CATALOGUE[name].family for name in self._graphs}:
+                members = {name: graph for name, graph in self._graphs.items() if CATALOGUE[name].family == family}
+                torch.save(members, self.scratch / f"{family}.pt")  # in a folder of this process alone, gone with it
         except (AttributeError, TypeError) as error:
             raise JobError(
                 f"the graphs cannot be handed to another process ({error}): remove hooks and replaced layers from the "
                 "model, and compile again"
             ) from error
-        self.bytes = {name: sum(t.numel() * t.element_size() for t in tensors_of(m)) for name, m in modules.items()}
-        self._memory = MemoryLimit(None if workers else available_memory())
-        self._running: set[subprocess.Popen[bytes]] = set()
-        self.stopped = False
-        self._lock = threading.Lock()
-        self._number = iter(range(1 << 30))
-
-    def __enter__(self) -> Jobs:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -98,8 +98,8 @@ class Jobs:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
     def file(self, graph: str) -> str:
-        """Where the graph is, among others."""
-        return str(self.scratch / self._files[graph])
+        """The file that holds a graph, and the others of its family."""
+        return str(self.scratch / f"{CATALOGUE[graph].family}.pt")
 
     def run(self, mode: str, graph: str, bucket: Bucket, environment: Mapping[str, str], **options: Any) -> Result:
         """Run one job to its end, when there is memory for ``graph``.
@@ -129,7 +129,7 @@ class Jobs:
             if self.stopped:
                 raise JobError("stopped")
             process = subprocess.Popen(
-                [sys.executable, "-m", "neuron_xtts.worker", str(folder / "job.json")],
+                [sys.executable, "-m", "neuron_xtts.backends.neuron.worker", str(folder / "job.json")],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

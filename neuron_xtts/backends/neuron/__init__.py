@@ -1,0 +1,1 @@
+"""The Neuron backend: graphs are lowered, compiled, stored, verified, and run on NeuronCores."""

@@ -1,0 +1,1 @@
+"""Decoding: rows are admitted to a batch, step together and are released."""

@@ -1,0 +1,65 @@
+"""The catalogue: every graph there is, with what is known of it in one place.
+
+A graph of another kind is a file here, a recogniser in ``neuron_xtts.coqui.recognise``, which says what of a model it
+is made of, and a row of `CATALOGUE`; if no dimension that is there fits, also a field of ``BucketPlan``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from neuron_xtts.graphs.conditioning import Conditioning
+from neuron_xtts.graphs.operators import Graph
+from neuron_xtts.graphs.transformer import Decode, Latents, Prefill, Trunk
+from neuron_xtts.graphs.vocoder import Vocoder
+
+
+class TransformerParts(NamedTuple):
+    """What graphs of the transformer are made of."""
+
+    trunk: Trunk
+    head: nn.Linear
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """What is known of a graph.
+
+    Attributes:
+        name: as in reports, artifacts and ``Precision.arguments``.
+        family: graphs of a family are made of the same parts of a model, share its weights and have one precision.
+        dimensions: of its buckets, fields of ``BucketPlan``.
+        padded: whether an input may be padded to a larger size; else a size serves exactly that size.
+        graph: its class.
+        build: makes it of its family's parts.
+    """
+
+    name: str
+    family: str
+    dimensions: tuple[str, ...]
+    graph: type[Graph]
+    build: Callable[[Any], Graph]
+    padded: bool = True
+
+
+_ROWS = (
+    GraphSpec("prefill", "transformer", ("prefill",), Prefill, lambda parts: Prefill(*parts)),
+    GraphSpec("decode", "transformer", ("slots", "decode"), Decode, lambda parts: Decode(*parts)),
+    GraphSpec("latents", "transformer", ("latents",), Latents, lambda parts: Latents(parts.trunk)),
+    GraphSpec("vocoder", "vocoder", ("vocoder",), Vocoder, Vocoder),
+    GraphSpec(
+        "conditioning",
+        "conditioning",
+        ("conditioning",),
+        Conditioning,
+        lambda parts: Conditioning(*parts),
+        padded=False,
+    ),
+)
+CATALOGUE = {spec.name: spec for spec in _ROWS}
+GRAPHS = tuple(CATALOGUE)
+FAMILIES = tuple(dict.fromkeys(spec.family for spec in _ROWS))

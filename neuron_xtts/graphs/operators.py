@@ -1,0 +1,91 @@
+"""The operators of graphs that a backend may compute in its own way, and what every graph has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+# Added to the score of a position that must not be attended to. Finite, because compilers turn infinities into NaN;
+# in fp32 its exponential is exactly zero.
+MASKED = -1e9
+
+
+class Mask(Protocol):
+    """Which frames of a window are no padding: a tensor (1, 1, T) of ones and zeros, or what stands for one."""
+
+    def repeat_interleave(self, repeats: int, dim: int) -> Mask:
+        """The mask of frames that are ``repeats`` times as many."""
+
+
+class Operators:
+    """Plain operators of torch, as compilers want them. They shape every compiled program."""
+
+    def linear(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """``layer(x)`` of a linear layer of the trunk."""
+        y: Tensor = layer(x)
+        return y
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Softmax attention of ``q`` (B, H, L, K) over ``k`` and ``v`` (B, H, S, K), with an additive mask, if any."""
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, H, L, S)
+        return torch.softmax(scores if mask is None else scores + mask, dim=-1) @ v
+
+    def writer(self, positions: Tensor) -> Callable[[Tensor, Tensor], object]:
+        """What writes (B, H, 1, K) into a cache (B, H, S, K), each row at its position (B,)."""
+        index = positions.long().view(-1, 1, 1, 1)
+        return lambda cache, new: cache.scatter_(2, index.expand_as(new), new)
+
+    def leaky_relu(self, x: Tensor, slope: float, *, inplace: bool = False) -> Tensor:
+        """``x`` where positive, else ``slope`` times ``x``, for 0 < slope < 1; in place only if it may be."""
+        return torch.maximum(x, x * slope)  # torch's own lowers to a program with a 64-bit float
+
+    def masked(self, x: Tensor, mask: Mask | None) -> Tensor:
+        """``x`` (B, C, T) with its padding set to zero, if there is any."""
+        if mask is None:
+            return x
+        assert isinstance(mask, Tensor)  # whoever passes something else has operators for it
+        return x * mask
+
+
+PLAIN = Operators()
+
+
+class Graph(nn.Module):
+    """A program over tensors of fixed shapes, made of the very layers of a model: no weight is copied.
+
+    Attributes:
+        operators: what it computes with.
+        states: how many of its outputs are its state, which stays on the device; they are its last.
+    """
+
+    operators = PLAIN
+    states = 0
+
+    def use(self, operators: Operators) -> None:
+        """Compute with other operators from now on."""
+        for module in self.modules():
+            if isinstance(module, Graph):
+                module.operators = operators
+
+    def example(self, *bucket: int) -> dict[str, Tensor]:
+        """Random inputs by name that fill a bucket."""
+        raise NotImplementedError
+
+    def example_state(self, *bucket: int) -> list[Tensor]:
+        """Random contents of its state, which `forward` takes after its inputs and updates in place."""
+        return []
+
+    def lowerable(self, *, fill: bool) -> Graph:
+        """The same program with operators that lower; this graph and the model stay as they are.
+
+        Args:
+            fill: put zeros between the taps of convolutions whose kernel is smaller than their dilation.
+        """
+        return self
+
+    def in_bucket(self, *bucket: int) -> nn.Module:
+        """The form that is compiled for a bucket: it takes the inputs of `example` and holds its own state."""
+        return self

@@ -1,0 +1,94 @@
+"""The patch of one model: its runner, its dispatcher, and the proxies that lead to them."""
+
+from __future__ import annotations
+
+import weakref
+from functools import partial
+
+from neuron_xtts.coqui.surface import Networks, Xtts
+from neuron_xtts.options import Options
+from neuron_xtts.patching.dispatch import Dispatcher
+from neuron_xtts.patching.proxy import Installation
+from neuron_xtts.report import Report
+from neuron_xtts.routes import ROUTES
+from neuron_xtts.routes.base import Context, Kind
+from neuron_xtts.routes.memo import AudioMemo, LatentsMemo, VoiceMemo
+from neuron_xtts.runner import Runner
+
+
+class Patch:
+    """What one patched model has.
+
+    It holds no reference to the ``Xtts``, and nothing but its proxies holds it: model and patch are freed together.
+
+    Args:
+        xtts: the model.
+        options: that were checked.
+        strict: raise instead of falling back.
+        voice_cache: how many voices to remember.
+    """
+
+    def __init__(self, xtts: Xtts, options: Options, *, strict: bool, voice_cache: int) -> None:
+        runner = self.runner = Runner(Networks.of(xtts), options.make_backend)
+        voices = {route.name: VoiceMemo(voice_cache) for route in ROUTES if route.kind is Kind.REMEMBERED}
+        context = Context(runner, weakref.ref(xtts), LatentsMemo(), AudioMemo(runner.halo), voices)
+        self.dispatcher = Dispatcher(context, strict=strict)
+        self._installations = {
+            route.name: Installation(route.module(xtts), route.method, partial(self.dispatcher.answer, route), self)
+            for route in ROUTES
+        }
+
+    @property
+    def installed(self) -> int:
+        """How many routes were installed."""
+        return len(self._installations)
+
+    def gone(self, xtts: Xtts) -> list[str]:
+        """Routes that calls no longer reach, because ``load_checkpoint`` or the user replaced what they were on."""
+        modules = {id(xtts.gpt), id(xtts.hifigan_decoder)}
+        if Networks.of(xtts) == self.runner.networks:
+            modules.add(id(xtts))  # else its routes lead to the voices of other encoders
+        return [name for name, installation in self._installations.items() if not installation.is_on(modules)]
+
+    def report(self, xtts: Xtts) -> Report:
+        """A snapshot of what became of the calls, and of the runs of graphs."""
+        runner, backend = self.runner, self.runner.backend
+        return Report(
+            backend=backend.name,
+            precision=backend.precision,
+            buckets=backend.plan.to_dict(),
+            routes=self.dispatcher.counters.snapshot(self._installations),
+            graphs=runner.counters.snapshot(),
+            missing=runner.missing(),
+            copied=backend.copied,
+            gone=self.gone(xtts),
+        )
+
+    def remove(self) -> None:
+        """Take every proxy off again, and leave the weights as they were found."""
+        for installation in reversed(self._installations.values()):
+            installation.remove()
+        self.runner.backend.close()
+
+
+# Not an attribute of the model: unpatch must leave every __dict__ as it was, and a deepcopy must not inherit a patch.
+_patches: weakref.WeakKeyDictionary[Xtts, weakref.ref[Patch]] = weakref.WeakKeyDictionary()
+
+
+def find_patch(xtts: Xtts) -> Patch | None:
+    """The patch of a model, if it has one."""
+    reference = _patches.get(xtts)
+    return None if reference is None else reference()
+
+
+def install(xtts: Xtts, options: Options, *, strict: bool, voice_cache: int) -> None:
+    """Patch a model that is not patched; the arguments are those of `Patch`."""
+    _patches[xtts] = weakref.ref(Patch(xtts, options, strict=strict, voice_cache=voice_cache))
+
+
+def remove(xtts: Xtts) -> None:
+    """Undo `install`. Does nothing to a model that is not patched."""
+    found = find_patch(xtts)
+    if found is not None:
+        found.remove()
+        del _patches[xtts]

@@ -1,0 +1,90 @@
+"""What a route is: one method of coqui-tts that is proxied, and its translation into graph calls."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+from neuron_xtts.coqui.surface import Xtts
+from neuron_xtts.routes.memo import AudioMemo, LatentsMemo, VoiceMemo
+from neuron_xtts.runner import Runner
+
+Method = Callable[..., Any]
+Result = TypeVar("Result")
+
+# The attributes of an ``Xtts`` that hold what has routed methods, and what that is called; "" is the Xtts itself.
+OWNERS = {"": "Xtts", "gpt": "GPT", "hifigan_decoder": "HifiDecoder"}
+
+
+class Kind(Enum):
+    """What ``Route.call`` returns, and so how a call is served."""
+
+    WHOLE = "the result"
+    STEPS = "an iterator, which is pulled one step at a time"
+    REMEMBERED = "what identifies the result: coqui-tts computes it, once"
+
+
+@dataclass
+class Context:
+    """What the routes of one patched model share.
+
+    Attributes:
+        runner: of the graphs.
+        xtts: the model; no reference to it is kept.
+        latents: of the latest generations.
+        audio: of the latest calls of the vocoder.
+        voices: by the name of the route that remembers them.
+    """
+
+    runner: Runner
+    xtts: weakref.ref[Xtts]
+    latents: LatentsMemo
+    audio: AudioMemo
+    voices: dict[str, VoiceMemo]
+
+
+@dataclass
+class HandedOver(Generic[Result]):
+    """A result that was already there. A route returns it in place of the result itself, so that it is counted."""
+
+    result: Result
+
+
+def as_it_is(context: Context, method: Method) -> Method:
+    """coqui-tts's own method, without further ado."""
+    return method
+
+
+@dataclass(frozen=True)
+class Route:
+    """One method of coqui-tts, and what serves its calls in place of it.
+
+    Attributes:
+        owner: the attribute of the ``Xtts`` whose method it is, of `OWNERS`.
+        method: its name.
+        call: ``call(context, *args, **kwargs)`` with the arguments of the method; raises `Fallback`, or anything else,
+            if coqui-tts must serve the call.
+        kind: what ``call`` returns.
+        own: ``own(context, method)`` is coqui-tts's method as a fallback calls it.
+    """
+
+    owner: str
+    method: str
+    call: Callable[..., Any]
+    kind: Kind = Kind.WHOLE
+    own: Callable[[Context, Method], Method] = as_it_is
+
+    @property
+    def name(self) -> str:
+        """As reports and errors write it, such as ``GPT.generate``."""
+        return f"{OWNERS[self.owner]}.{self.method}"
+
+    def module(self, xtts: Any) -> nn.Module:
+        """The module of a model whose method it is."""
+        found: nn.Module = getattr(xtts, self.owner) if self.owner else xtts
+        return found

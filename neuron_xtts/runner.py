@@ -1,0 +1,106 @@
+"""The runner: what runs graphs in buckets, and counts the runs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import Tensor
+
+from neuron_xtts.backends import Backend, DecodeState
+from neuron_xtts.buckets import Bucket, BucketPlan, Buckets, bucket_name
+from neuron_xtts.coqui.recognise import RECOGNISERS, make_graphs
+from neuron_xtts.coqui.surface import Networks
+from neuron_xtts.errors import Fallback
+from neuron_xtts.graphs.catalogue import CATALOGUE
+from neuron_xtts.graphs.operators import Graph
+from neuron_xtts.graphs.vocoder import Vocoder, receptive_field
+from neuron_xtts.report import RunCounters
+
+
+class Runner:
+    """The graphs of one model on a backend.
+
+    Args:
+        networks: of the model.
+        make_backend: makes the backend of the graphs, which it is given by name.
+
+    Attributes:
+        networks: of the model.
+        halo: frames to either side that the audio of a frame depends on.
+        backend: where the graphs run.
+        buckets: the sizes that are to be had.
+        counters: of runs.
+    """
+
+    def __init__(self, networks: Networks, make_backend: Callable[[Mapping[str, Graph]], Backend]) -> None:
+        self.networks = networks
+        graphs, self._unfit = make_graphs(networks)
+        vocoder = graphs.get("vocoder")
+        self.halo = max(receptive_field(vocoder)) if isinstance(vocoder, Vocoder) else 0
+        self.backend = make_backend(graphs)
+        if vocoder:
+            check_windows(self.backend.plan, self.halo)
+        self.buckets = Buckets(self.backend.plan, self.backend.unavailable)
+        self.counters = RunCounters()
+        families = {CATALOGUE[name].family for name in graphs}
+        self._made_of = {family: _identities(RECOGNISERS[family].made_of(networks)) for family in families}
+
+    def require(self, *graphs: str) -> None:
+        """Raise `Fallback` unless these graphs are to be had, made of the modules that the model has now."""
+        for graph in graphs:
+            if () in self.buckets.plan.dimensions(graph):
+                raise Fallback(f"no {graph} graph")
+            if graph in self._unfit:
+                raise Fallback(self._unfit[graph])
+            family = CATALOGUE[graph].family
+            if _identities(RECOGNISERS[family].made_of(self.networks)) != self._made_of[family]:
+                raise Fallback("the model's modules were replaced after patch()")
+            self.backend.check(graph)
+
+    def check_state(self, graph: str) -> None:
+        """Raise `Fallback` where the model is in a state in which it computes something else than a graph."""
+        RECOGNISERS[CATALOGUE[graph].family].check_state(self.networks)
+
+    def run(self, graph: str, bucket: Bucket, used: int, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        """Run a graph of one dimension on inputs that fill ``bucket``, of which ``used`` is not padding."""
+        start = time.perf_counter()
+        outputs = self.backend.run(graph, bucket, *inputs)
+        self._count(graph, bucket, start, used)
+        return outputs
+
+    def new_state(self, slots: int, positions: int) -> DecodeState:
+        """The decode graph with an empty state; ``slots`` and ``positions`` are a bucket."""
+        return self.backend.new_state(slots, positions)
+
+    def step(
+        self, state: DecodeState, used: int, embeds: Tensor, positions: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Run a decode step; ``used`` of the positions of ``mask``, of all rows together, are not padding."""
+        start = time.perf_counter()
+        outputs = state.step(embeds, positions, mask)
+        self._count("decode", (mask.shape[0], mask.shape[-1]), start, used)
+        return outputs
+
+    def missing(self) -> dict[str, str]:
+        """Graphs and buckets that are not to be had, as reports write them, with the reason."""
+        unavailable = list(self.backend.unavailable.items())  # it may grow meanwhile
+        return self._unfit | {f"{graph} {bucket_name(bucket)}": reason for (graph, bucket), reason in unavailable}
+
+    def _count(self, graph: str, bucket: Bucket, start: float, used: int) -> None:
+        name = self.buckets.name(graph, bucket)
+        self.counters.count(graph, name, time.perf_counter() - start, used, math.prod(bucket))
+
+
+def check_windows(plan: BucketPlan, halo: int) -> None:
+    """Raise ValueError if a window of the vocoder has no room beside its halo."""
+    if plan.vocoder and min(plan.vocoder) <= 2 * halo:
+        raise ValueError(
+            f"BucketPlan.vocoder has a window of {min(plan.vocoder)} frames; this vocoder needs more than "
+            f"{2 * halo}, because {halo} on either side are halo"
+        )
+
+
+def _identities(objects: Iterable[object]) -> list[int]:
+    return [id(found) for found in objects]

@@ -1,0 +1,173 @@
+"""Rows and batches by themselves: rows that join, step, wait and leave, against the whole sequence at once."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import neuron_xtts
+from neuron_xtts import BucketPlan
+from neuron_xtts.coqui.recognise import make_graphs
+from neuron_xtts.coqui.surface import Networks
+from neuron_xtts.decoding.batch import Batch
+from neuron_xtts.decoding.row import Generation, Row
+from neuron_xtts.decoding.sampling import Sampling
+from neuron_xtts.patching.patch import find_patch
+
+PLANS = {
+    "exact": BucketPlan(),
+    "padded": BucketPlan(prefill=(12, 40), decode=(24, 64), slots=(2, 5)),
+}
+
+
+@pytest.fixture(scope="module")
+def xtts(tts_original):
+    """Patched anew by each test."""
+    return copy.deepcopy(tts_original.synthesizer.tts_model)
+
+
+class Speaker:
+    """A row with a random sequence of embeddings to feed it, and the latents that they must give."""
+
+    def __init__(self, xtts, prefix, length, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.embeds = torch.randn(1, length, 64, generator=generator)
+        self.row = Row(torch.ones(prefix, dtype=torch.long), prefix)
+        self.expected = make_graphs(Networks.of(xtts))[0]["latents"](self.embeds)[0][0]
+        self.head = xtts.gpt.mel_head
+
+    @property
+    def prefix(self):
+        return self.embeds[:, : self.row.prefix]
+
+    @property
+    def done(self):
+        return self.row.position == len(self.expected)
+
+    @property
+    def next(self):
+        """The embedding (1, 1, D) that comes next."""
+        return self.embeds[:, self.row.position : self.row.position + 1]
+
+    def check(self, latents, logits):
+        """Of the position written last."""
+        expected = self.expected[self.row.position - 1]
+        torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits, self.head(expected), rtol=1e-4, atol=1e-4)
+
+
+def step(batch, speakers):
+    embeds = torch.cat([speaker.next for speaker in speakers])
+    outputs = batch.step([speaker.row for speaker in speakers], embeds)
+    for speaker, latents, logits in zip(speakers, *outputs, strict=True):
+        speaker.check(latents, logits)
+
+
+def admit(batch, speaker):
+    for outputs in zip(*batch.admit([speaker.row], speaker.prefix), strict=True):
+        speaker.check(*outputs)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@settings(max_examples=25, deadline=None, report_multiple_bugs=False, phases=[Phase.explicit, Phase.generate])
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 20)), min_size=2, max_size=7),
+    choices=st.randoms(use_true_random=False),
+)
+@torch.no_grad()
+def test_rows_that_join_wait_and_leave(xtts, plan, lengths, choices):
+    """At every step some row joins, some step, in any order, and whoever is done leaves its slot to the next."""
+    neuron_xtts.patch(xtts, backend="cpu", buckets=PLANS[plan])
+    batch = Batch(find_patch(xtts).runner, 2, 30)
+    waiting = [Speaker(xtts, prefix, prefix + codes, seed) for seed, (prefix, codes) in enumerate(lengths)]
+    speaking, finished = [], 0
+    while waiting or speaking:
+        if waiting and len(speaking) < 2 and (not speaking or choices.random() < 0.5):
+            speaking.append(waiting.pop(0))
+            admit(batch, speaking[-1])
+        stepping = choices.sample(speaking, choices.randint(1, len(speaking)))
+        step(batch, stepping)
+        done = [speaker for speaker in speaking if speaker.done]
+        batch.release([speaker.row for speaker in done])
+        assert all(speaker.row.slot is None for speaker in done)
+        speaking = [speaker for speaker in speaking if not speaker.done]
+        finished += len(done)
+    assert finished == len(lengths)
+
+
+@torch.no_grad()
+def test_rows_of_one_prefix(xtts):
+    """It runs once, and its rows go ways of their own."""
+    neuron_xtts.patch(xtts, backend="cpu")
+    batch = Batch(find_patch(xtts).runner, 3, 9)
+    speakers = [Speaker(xtts, 9, 14, seed) for seed in range(3)]
+    for speaker in speakers[1:]:
+        speaker.embeds[:, :9] = speakers[0].embeds[:, :9]
+        speaker.expected = make_graphs(Networks.of(xtts))[0]["latents"](speaker.embeds)[0][0]
+    outputs = batch.admit([speaker.row for speaker in speakers], speakers[0].prefix)
+    for speaker, latents, logits in zip(speakers, *outputs, strict=True):
+        speaker.check(latents, logits)
+    assert neuron_xtts.report(xtts).graphs["prefill"]["exact"].runs == 1
+    for _ in range(5):
+        step(batch, speakers)
+    keys = [batch.cache([speaker.row]).layers[0].keys for speaker in speakers]
+    assert torch.equal(keys[0][:, :, :9], keys[1][:, :, :9])
+    assert not torch.equal(keys[0][:, :, 9:], keys[1][:, :, 9:])
+
+
+@torch.no_grad()
+def test_a_batch_that_is_full(xtts):
+    neuron_xtts.patch(xtts, backend="cpu")
+    batch = Batch(find_patch(xtts).runner, 1, 5)
+    first, second = (Speaker(xtts, 5, 9, seed) for seed in range(2))
+    with pytest.raises(ValueError, match="admit it first"):
+        batch.step([first.row], first.next)
+    admit(batch, first)
+    with pytest.raises(ValueError, match="all 1 slots are taken; release a row first"):
+        admit(batch, second)
+    step(batch, [first])  # as if nothing had been asked
+    batch.release([first.row, second.row])
+    admit(batch, second)
+    step(batch, [second])
+
+
+def generation(count=1, generator=None, **options):
+    sampling = Sampling(do_sample=True, max_new_tokens=6, **options)
+    return Generation(sampling, count, 3, start_code=8, stop_code=9, generator=generator)
+
+
+def test_rows_end_together():
+    """One that has stopped goes on with stop codes until the last has."""
+    rows = generation(count=2, top_k=1)
+    for best in ((4, 5), (9, 5), (4, 9)):
+        assert not rows.ended
+        rows.draw(torch.nn.functional.one_hot(torch.tensor(best), 10).float())
+    assert rows.ended
+    assert rows.ids.tolist() == [[1, 1, 8, 4, 9, 9], [1, 1, 8, 5, 5, 9]]
+    assert [row.drawn for row in rows.rows] == [3, 3]
+
+
+def test_rows_end_when_enough_was_drawn():
+    rows = generation()
+    for _ in range(6):
+        assert not rows.ended
+        rows.draw(torch.zeros(1, 10).index_fill(1, torch.tensor([9]), -torch.inf))
+    assert rows.ended
+    assert not rows.rows[0].stopped
+
+
+def test_a_generator_of_its_own():
+    """The same seed draws the same codes, whatever the global generator did, which stays as it was."""
+    logits, drawn = torch.randn(6, 2, 10), []
+    for seed in (5, 5, 6):
+        torch.manual_seed(len(drawn))
+        before = torch.get_rng_state()
+        rows = generation(count=2, generator=torch.Generator().manual_seed(seed))
+        for scores in logits:
+            rows.draw(scores)
+        assert torch.equal(torch.get_rng_state(), before)
+        drawn.append(rows.ids)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])

@@ -1,0 +1,101 @@
+"""The digest of a graph's source: what shapes its program changes it, and nothing else does."""
+
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import neuron_xtts
+from neuron_xtts.backends.neuron.source import shaping_source, source_digest
+from neuron_xtts.backends.neuron.tracing import traceable
+from neuron_xtts.coqui.recognise import make_graphs
+from neuron_xtts.coqui.surface import Networks
+from neuron_xtts.graphs.catalogue import CATALOGUE, GRAPHS
+from neuron_xtts.graphs.operators import Graph
+
+PACKAGE = Path(neuron_xtts.__file__).parent
+TRANSFORMER = {"prefill", "decode", "latents"}
+
+# name: (file, text, what is put in its place, the graphs whose programs are others now)
+EDITS = {
+    "the scale of attention": ("graphs/operators.py", "** -0.5", "** -0.25", set(GRAPHS)),
+    "the mask's value": ("graphs/operators.py", "MASKED = -1e9", "MASKED = -1e8", TRANSFORMER - {"decode"}),
+    "the trunk": ("graphs/transformer.py", 'approximate="tanh"', 'approximate="none"', TRANSFORMER),
+    "prefill alone": ("graphs/transformer.py", "last.long()", "(last + 0).long()", {"prefill"}),
+    "the form of decode": ("graphs/transformer.py", "state.clone() for", "(state + 0) for", {"decode"}),
+    "a slope of the vocoder": ("graphs/vocoder.py", "LRELU_SLOPE = 0.1", "LRELU_SLOPE = 0.2", {"vocoder"}),
+    "folding": ("graphs/vocoder.py", "conv.weight.detach().clone()", "conv.weight.detach() + 0", {"vocoder"}),
+    "filled kernels": ("graphs/vocoder.py", "taps[:, :, ::dilation] = weight", "taps[:, :, 1::dilation] = weight",
+                       {"vocoder"}),
+    "a layer of the perceiver": ("graphs/conditioning.py", "F.gelu(gates)", "F.silu(gates)", {"conditioning"}),
+    "the trace": ("backends/neuron/tracing.py", "cpu_backend=True", "cpu_backend=False", set(GRAPHS)),
+    "a docstring": ("graphs/transformer.py", "Latents of the last block's output.", "What latents are.", set()),
+    "a comment": ("graphs/operators.py", "# torch's own lowers", "# It lowers", set()),
+    "a type": ("graphs/transformer.py", "def causal_mask(length: int,", "def causal_mask(length: object,", set()),
+    "the receptive field": ("graphs/vocoder.py", "hop = math.prod(", "hop = 1 * math.prod(", set()),
+    "verification's inputs": ("graphs/transformer.py", "torch.randn(self.cache_shape", "torch.rand(self.cache_shape",
+                              set()),
+    "the host's attention": ("backends/host/operators.py", "attn_mask=mask", "attn_mask=None", set()),
+    "the worker": ("backends/neuron/worker.py", "faulthandler.enable()", "faulthandler.disable()", set()),
+    "lowering's checks": ("backends/neuron/lowering.py", "64-bit floats", "doubles", set()),
+}  # fmt: skip
+
+PRINT = (
+    "import json; from neuron_xtts.backends.neuron.source import source_digest; from neuron_xtts.graphs.catalogue "
+    "import GRAPHS; print(json.dumps({name: source_digest(name) for name in GRAPHS}))"
+)
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A copy of the package to edit."""
+    folder = tmp_path_factory.mktemp("edited") / "neuron_xtts"
+    shutil.copytree(PACKAGE, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def digests(folder):
+    """Of a package in ``folder``, in a process that imports it."""
+    command = [sys.executable, "-B", "-c", PRINT]
+    found = subprocess.run(command, cwd=folder, capture_output=True, check=True, text=True)
+    return json.loads(found.stdout)
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit(package, name):
+    path, before, after, changed = EDITS[name]
+    file = package / path
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, after, 1))
+    try:
+        found = digests(package.parent)
+    finally:
+        file.write_text(text)
+    assert {graph for graph in GRAPHS if found[graph] != source_digest(graph)} == changed
+
+
+def test_every_part_of_a_graph_is_in_it(tts_original):
+    """The class of every module of a graph that is ours, before and after it is made ready, and in its bucket."""
+    graphs, unfit = make_graphs(Networks.of(tts_original.synthesizer.tts_model))
+    assert not unfit
+    for name, graph in graphs.items():
+        bucket = [2] * len(CATALOGUE[name].dimensions)
+        forms = [graph, traceable({name: graph}, fill=True)[name].in_bucket(*bucket)]
+        classes = {type(module) for form in forms for module in form.modules()}
+        ours = {kind.__name__ for kind in classes if kind.__module__.startswith("neuron_xtts.")}
+        assert ours <= set(shaping_source(name))
+
+
+def test_graphs_are_rows_of_the_catalogue():
+    """A graph that is no row is part of another."""
+    assert [spec.name for spec in CATALOGUE.values()] == list(CATALOGUE)
+    for spec in CATALOGUE.values():
+        assert issubclass(spec.graph, Graph)
+        assert inspect.getmodule(spec.graph).__name__.startswith("neuron_xtts.graphs.")
+    dimensions = [dimension for spec in CATALOGUE.values() for dimension in spec.dimensions]
+    assert sorted(dimensions) == sorted(neuron_xtts.BucketPlan.__dataclass_fields__)
