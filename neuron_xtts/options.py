@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import TypedDict
 
 from neuron_xtts.backends import Backend
 from neuron_xtts.backends.neuron.device import TARGET_VARIABLE, TARGETS, Neuron, find_neuron
@@ -21,6 +22,15 @@ logger = logging.getLogger(__name__)
 
 #: How many voices `patch` remembers unless told otherwise; each takes about 130 KB. A choice of ours.
 VOICES = 16
+
+
+class PatchOptions(TypedDict, total=False):
+    """Keyword arguments of `neuron_xtts.patch` that say where and how graphs run; they are described there."""
+
+    backend: str
+    precision: str | Precision
+    buckets: BucketPlan | None
+    store: str | os.PathLike[str] | None
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,16 @@
-"""What ran where, and why not: counters, and the report made of them."""
+"""What ran where, and why not: counters, and the report that is made of them."""
 
 from __future__ import annotations
 
 import copy
-import html
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from html import escape
 from typing import Any
 
-Table = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]
+from neuron_xtts.tables import Table, html, table
 
 
 @dataclass
@@ -32,7 +32,7 @@ class RouteCounts:
 
     @property
     def calls(self) -> int:
-        """All calls."""
+        """Calls of the route, whoever served them."""
         return self.served + self.fallbacks.total()
 
 
@@ -101,7 +101,7 @@ class RunCounters:
         self._lock = threading.Lock()
 
     def count(self, graph: str, bucket: str, seconds: float, used: int, padded: int) -> None:
-        """Count a run of a graph; see `GraphCounts`."""
+        """Count a run of a graph in a bucket, with what `GraphCounts` keeps of it."""
         with self._lock:
             counts = self._graphs.setdefault(graph, {}).setdefault(bucket, GraphCounts())
             counts.runs += 1
@@ -153,8 +153,8 @@ class Report:
         return "\n\n".join([self._headline(), *(table(*content) for content in self._tables())])
 
     def _repr_html_(self) -> str:
-        headline = html.escape(self._headline()).replace("\n", "<br>")
-        return f"<p>{headline}</p>" + "".join(_html(*content) for content in self._tables())
+        headline = escape(self._headline()).replace("\n", "<br>")
+        return f"<p>{headline}</p>" + "".join(html(*content) for content in self._tables())
 
     def _headline(self) -> str:
         if self.backend is None:
@@ -189,23 +189,3 @@ class Report:
         ]
         if runs:
             yield ("graph", "bucket", "runs", "seconds", "ms per run", "padding"), runs
-
-
-def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """A text table with aligned columns."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = [header, tuple("-" * width for width in widths), *rows]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-
-
-def markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """A Markdown table."""
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-
-
-def _html(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    def line(cells: tuple[str, ...], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return f"<table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"

@@ -12,7 +12,8 @@ from hypothesis import settings
 import neuron_xtts
 from neuron_xtts import BucketPlan
 from neuron_xtts.backends.neuron import device
-from neuron_xtts.demo import random_tts, write_reference
+from neuron_xtts.coqui.models import random_tts
+from neuron_xtts.tools.recordings import write_reference
 
 torch.set_num_threads(2)
 # The same examples in every run: two codes whose probabilities differ by less than rounding are one draw in a million.

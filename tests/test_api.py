@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 import neuron_xtts
 from neuron_xtts import BucketPlan, ModelNotReadyError, UnsupportedVersionError
-from neuron_xtts.demo import random_tts
+from neuron_xtts.coqui.models import random_tts
 
 
 def forms(tts):

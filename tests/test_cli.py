@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import neuron_xtts
-from neuron_xtts.benchmarks import prepare
-from neuron_xtts.benchmarks.graphs import make_calls
-from neuron_xtts.benchmarks.sentence import speak
-from neuron_xtts.cli import main
-from neuron_xtts.demo import random_tts, write_reference
+from neuron_xtts.coqui.models import random_tts
+from neuron_xtts.tools.bench import prepare
+from neuron_xtts.tools.bench.methods import make_calls
+from neuron_xtts.tools.bench.sentence import speak
+from neuron_xtts.tools.cli import main
+from neuron_xtts.tools.recordings import write_reference
 
 
 def samples(path):
@@ -40,7 +41,7 @@ def test_demo(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "neuron_xtts.cli",
+        "neuron_xtts",
         "demo",
         "--small",
         "--codes",
@@ -159,10 +160,11 @@ def test_sentences_share_no_audio():
     assert windows == [int(20 * 4 * 24000 / 22050), int(20 * 4 * 24000 / 22050) + int(40 * 4 * 24000 / 22050)]
 
 
-def test_bench_graphs(tmp_path, capsys):
+@pytest.mark.parametrize("what", ["methods", "graphs"])  # by its name, and by the one that it had before
+def test_bench_methods(what, tmp_path, capsys):
     """The figures are those of the samples, of which there are as many as asked for."""
-    files = [tmp_path / f"graphs.{kind}" for kind in ("json", "png", "md")]
-    command = ["bench", "graphs", "--small", "--iterations", "12", "--warm-up", "2", "--precisions", "fp32"]
+    files = [tmp_path / f"methods.{kind}" for kind in ("json", "png", "md")]
+    command = ["bench", what, "--small", "--iterations", "12", "--warm-up", "2", "--precisions", "fp32"]
     command += ["--json", str(files[0]), "--png", str(files[1]), "--markdown", str(files[2])]
     assert main(command) == 0
     out = capsys.readouterr().out
@@ -182,7 +184,7 @@ def test_bench_graphs(tmp_path, capsys):
     assert files[1].read_bytes().startswith(b"\x89PNG")
 
 
-def test_graphs_are_timed_on_new_inputs():
+def test_methods_are_timed_on_new_inputs():
     """What is known would be handed over, in no time."""
     xtts, voice = prepare(None, small=True)
     with neuron_xtts.patched(xtts, strict=True), torch.inference_mode():
@@ -192,6 +194,18 @@ def test_graphs_are_timed_on_new_inputs():
         report = neuron_xtts.report(xtts)
     served = {name: (counts.served, counts.handed_over) for name, counts in report.routes.items() if counts.served}
     assert served == {"GPT.forward": (2, 0), "HifiDecoder.forward": (2, 0), "GPT.generate": (2, 0)}
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--version"], 0), (["speak"], 2)])
+def test_the_package_is_the_command(arguments, status):
+    """``python -m neuron_xtts`` does what ``neuron-xtts`` does, and goes by that name."""
+    command = [sys.executable, "-m", "neuron_xtts", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == status
+    if status:
+        assert "usage: neuron-xtts" in done.stderr
+    else:
+        assert done.stdout.strip() == neuron_xtts.__version__
 
 
 def test_version(capsys):

@@ -21,11 +21,11 @@ from neuron_xtts import BucketPlan
 from neuron_xtts.backends.neuron import compiler, device, jobs
 from neuron_xtts.backends.neuron.jobs import JobError, Jobs, MemoryLimit
 from neuron_xtts.backends.neuron.store import MODEL, Store
-from neuron_xtts.cli import main
 from neuron_xtts.coqui.recognise import make_graphs
 from neuron_xtts.coqui.surface import Networks
 from neuron_xtts.graphs.operators import Graph
 from neuron_xtts.graphs.vocoder import fill_small_kernels, fold_weight_norm
+from neuron_xtts.tools.cli import main
 
 pytest.importorskip("torch_xla")
 
@@ -188,7 +188,7 @@ import sys
 from pathlib import Path
 import neuron_xtts, neuron_xtts.backends.neuron.device
 neuron_xtts.backends.neuron.device.ROOT = Path(sys.argv[1])
-from neuron_xtts.demo import random_tts
+from neuron_xtts.coqui.models import random_tts
 tts = random_tts(Path(sys.argv[2]), small=True)
 plan = neuron_xtts.BucketPlan(prefill=(), decode=(), slots=(), latents=(), vocoder=(64,), conditioning=())
 summary = neuron_xtts.compile(tts, target="inf2", store=sys.argv[3], buckets=plan, progress=False)
@@ -413,7 +413,7 @@ def test_commands_without_neuron(tmp_path, monkeypatch, capsys):
 
 
 def test_the_traps_that_doctor_names(tmp_path, monkeypatch, capsys):
-    from neuron_xtts import doctor
+    from neuron_xtts.tools import doctor
 
     real = doctor._installed
     installed = {"coqui-tts": "0.27.3", "transformers": "5.1.0", "six": None}

@@ -18,12 +18,12 @@ from neuron_xtts.backends.neuron.compiler import lower_all
 from neuron_xtts.backends.neuron.lowering import Program, frontend, lower
 from neuron_xtts.backends.neuron.tracing import traceable
 from neuron_xtts.buckets import bucket_name
-from neuron_xtts.cli import main
 from neuron_xtts.coqui.recognise import make_graphs
 from neuron_xtts.coqui.surface import Networks
 from neuron_xtts.graphs.operators import Graph
 from neuron_xtts.graphs.transformer import StatefulDecode
 from neuron_xtts.graphs.vocoder import Vocoder, fold_weight_norm
+from neuron_xtts.tools.cli import main
 
 torch_xla = pytest.importorskip("torch_xla")
 

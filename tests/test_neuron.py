@@ -14,15 +14,16 @@ import torch
 from helpers import all_fallbacks, assert_identical, assert_same_speech, failing, fallbacks, speak, unpatched_copy
 
 import neuron_xtts
-from neuron_xtts import BucketPlan, demo
+from neuron_xtts import BucketPlan
 from neuron_xtts.backends.neuron.store import MANIFEST, MODEL, Store
-from neuron_xtts.benchmarks import sentence as sentence_module
-from neuron_xtts.benchmarks import stream as stream_module
-from neuron_xtts.benchmarks.graphs import bench_graphs
-from neuron_xtts.benchmarks.sentence import bench_sentence
-from neuron_xtts.benchmarks.stream import bench_stream
 from neuron_xtts.errors import ArtifactError, Fallback
 from neuron_xtts.graphs.operators import MASKED
+from neuron_xtts.tools import demo
+from neuron_xtts.tools.bench import sentence as sentence_module
+from neuron_xtts.tools.bench import stream as stream_module
+from neuron_xtts.tools.bench.methods import bench_methods
+from neuron_xtts.tools.bench.sentence import bench_sentence
+from neuron_xtts.tools.bench.stream import bench_stream
 
 pytest.importorskip("torch_xla")
 
@@ -160,7 +161,7 @@ import torch
 import neuron_xtts, neuron_xtts.backends.neuron.device
 assert "torch_neuronx" not in sys.modules and "TTS" not in sys.modules
 neuron_xtts.backends.neuron.device.ROOT = Path(sys.argv[1])
-from neuron_xtts.demo import random_tts
+from neuron_xtts.coqui.models import random_tts
 tts = random_tts(Path(sys.argv[2]), small=True)
 plan = neuron_xtts.BucketPlan(**json.loads(sys.argv[4]))
 options = dict(speaker_wav=sys.argv[5], language="en", split_sentences=False, max_new_tokens=30, min_new_tokens=30)
@@ -516,10 +517,10 @@ def test_the_benchmarks(neuron, compiled, small_plan, monkeypatch):
     assert sentences.figures(25, "fp32")["latents"] > 0
     assert sentences.figures(25, "fp32")["sampling and loop"] > 0
     sizes = {"text": 20, "codes": 20, "iterations": 2, "warm_up": 1}
-    graphs = bench_graphs(**sizes, **common)
-    for results in (streams, sentences, graphs):
+    methods = bench_methods(**sizes, **common)
+    for results in (streams, sentences, methods):
         assert not any(results.fallbacks.values()), results.fallbacks
         assert "fell back" not in str(results)
     sizes["codes"] = 90  # longer than the largest bucket of decode
-    table = bench_graphs(**sizes, **common).markdown()
+    table = bench_methods(**sizes, **common).markdown()
     assert "| fp32 | GPT.generate: larger than the largest decode bucket (128) | 2 |" in table

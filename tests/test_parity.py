@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import neuron_xtts
 from neuron_xtts import BucketPlan
-from neuron_xtts.demo import random_tts
+from neuron_xtts.coqui.models import random_tts
 
 # More sizes than the default plan, so that buckets change within a sentence; 259 frames: the reference's 3 s.
 LENGTHS = (128, 256, 512, 1044)

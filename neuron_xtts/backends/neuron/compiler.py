@@ -25,7 +25,7 @@ from neuron_xtts.coqui.weights import Digester, tensors_of
 from neuron_xtts.errors import ModelNotReadyError
 from neuron_xtts.graphs.operators import Graph
 from neuron_xtts.precision import Precision, has_small_kernel_defect
-from neuron_xtts.report import table
+from neuron_xtts.tables import table
 from neuron_xtts.version import __version__
 
 

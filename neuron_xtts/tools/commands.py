@@ -14,8 +14,9 @@ from typing import Any
 from neuron_xtts.backends.neuron.store import Store
 from neuron_xtts.buckets import BucketPlan, bucket_name
 from neuron_xtts.errors import NeuronMissingError, NeuronXttsError
+from neuron_xtts.options import PatchOptions
 from neuron_xtts.precision import Precision
-from neuron_xtts.report import table
+from neuron_xtts.tables import table
 
 
 def _plan(arguments: argparse.Namespace) -> BucketPlan:
@@ -30,7 +31,8 @@ def run_demo(arguments: argparse.Namespace) -> int:
     """Speak one sentence with plain coqui-tts and patched."""
     import transformers
 
-    from neuron_xtts import demo
+    from neuron_xtts.coqui.models import SENTENCES
+    from neuron_xtts.tools import demo
 
     transformers.logging.set_verbosity_error()  # a line for every max_new_tokens would break the progress bars
     print(
@@ -39,7 +41,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
             small=arguments.small,
             checkpoint=arguments.checkpoint,
             speaker_wav=arguments.speaker_wav,
-            text=arguments.text or demo.SENTENCES[0],
+            text=arguments.text or SENTENCES[0],
             language=arguments.language,
             codes=arguments.codes,
             seed=arguments.seed,
@@ -49,7 +51,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _patch_options(arguments: argparse.Namespace) -> dict[str, Any]:
+def _patch_options(arguments: argparse.Namespace) -> PatchOptions:
     return {
         "backend": arguments.backend,
         "precision": _precision(arguments),
@@ -62,12 +64,12 @@ def run_bench(arguments: argparse.Namespace) -> int:
     """Measure patched against unpatched coqui-tts."""
     import transformers
 
-    from neuron_xtts.benchmarks import Results
-    from neuron_xtts.benchmarks.graphs import bench_graphs
-    from neuron_xtts.benchmarks.sentence import bench_sentence
-    from neuron_xtts.benchmarks.stream import bench_stream
     from neuron_xtts.options import Options
     from neuron_xtts.precision import HOST_PRECISIONS, NEURON_PRECISIONS
+    from neuron_xtts.tools.bench import Results
+    from neuron_xtts.tools.bench.methods import bench_methods
+    from neuron_xtts.tools.bench.sentence import bench_sentence
+    from neuron_xtts.tools.bench.stream import bench_stream
 
     transformers.logging.set_verbosity_error()
     options = _patch_options(arguments)
@@ -81,8 +83,8 @@ def run_bench(arguments: argparse.Namespace) -> int:
     else:
         del options["precision"]
         common["precisions"] = precisions
-        if arguments.what == "graphs":
-            results = bench_graphs(iterations=arguments.iterations, warm_up=arguments.warm_up, **common)
+        if arguments.what == "methods":
+            results = bench_methods(iterations=arguments.iterations, warm_up=arguments.warm_up, **common)
         else:
             lengths = arguments.codes or (50, 100, 200, 400)
             results = bench_sentence(lengths=lengths, rounds=arguments.rounds, memory=on_host, **common)
@@ -99,10 +101,10 @@ def run_bench(arguments: argparse.Namespace) -> int:
 def run_compile(arguments: argparse.Namespace) -> int:
     """Compile graphs into the store."""
     import neuron_xtts
-    from neuron_xtts import demo
+    from neuron_xtts.coqui.models import load_or_make
 
     summary = neuron_xtts.compile(
-        demo.load_or_make(arguments.checkpoint, arguments.small),
+        load_or_make(arguments.checkpoint, arguments.small),
         backend="neuron",
         precision=_precision(arguments),
         buckets=_plan(arguments),
@@ -174,14 +176,14 @@ def _prune(store: Store, stale: bool) -> int:
 
 
 def _lower(arguments: argparse.Namespace) -> int:
-    from neuron_xtts import demo
     from neuron_xtts.backends.neuron.compiler import lower_all
     from neuron_xtts.backends.neuron.lowering import frontend
+    from neuron_xtts.coqui.models import load_or_make
     from neuron_xtts.coqui.recognise import make_graphs
     from neuron_xtts.coqui.surface import Networks
 
     frontend()
-    xtts = demo.load_or_make(arguments.checkpoint, arguments.small).synthesizer.tts_model
+    xtts = load_or_make(arguments.checkpoint, arguments.small).synthesizer.tts_model
     graphs, missing = make_graphs(Networks.of(xtts))
     with tempfile.TemporaryDirectory() as scratch:
         lowered = lower_all(graphs, _plan(arguments), Path(scratch), progress=True)
@@ -207,9 +209,9 @@ def _lower(arguments: argparse.Namespace) -> int:
 
 def run_doctor(arguments: argparse.Namespace) -> int:
     """Print what a bug report needs."""
-    from neuron_xtts import demo
-    from neuron_xtts.doctor import examine
+    from neuron_xtts.coqui.models import load_or_make
     from neuron_xtts.options import Options
+    from neuron_xtts.tools.doctor import examine
 
     precision, plan = _precision(arguments), _plan(arguments)
     try:
@@ -218,7 +220,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
         options = Options.make("cpu", "fp32", plan, arguments.store, to_run=False)
     model = None
     if arguments.checkpoint or arguments.small:
-        model = demo.load_or_make(arguments.checkpoint, arguments.small).synthesizer.tts_model
+        model = load_or_make(arguments.checkpoint, arguments.small).synthesizer.tts_model
     text, problems = examine(options.store, model, options)
     print(text)
     print("\nno problems found" if not problems else "\nproblems:\n" + "\n".join(f"* {p}" for p in problems))

@@ -15,9 +15,9 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from neuron_xtts.backends.host.kernels import linear
-from neuron_xtts.report import table
+from neuron_xtts.coqui.constants import CHANNELS, LAYERS
+from neuron_xtts.tables import table
 
-CHANNELS, BLOCKS = 1024, 30
 SHAPES = ((CHANNELS, 3 * CHANNELS), (CHANNELS, CHANNELS), (CHANNELS, 4 * CHANNELS), (4 * CHANNELS, CHANNELS))
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 70, 170])
     arguments = parser.parse_args()
 
-    modules = [Conv1D(outputs, inputs).requires_grad_(False) for _ in range(BLOCKS) for inputs, outputs in SHAPES]
+    modules = [Conv1D(outputs, inputs).requires_grad_(False) for _ in range(LAYERS) for inputs, outputs in SHAPES]
     size = sum(module.weight.numel() for module in modules) * 4
 
     def read(module: Conv1D, x: torch.Tensor) -> torch.Tensor:

@@ -5,32 +5,35 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import neuron_xtts
-from neuron_xtts.benchmarks import PLAIN, Results, machine, prepare
-from neuron_xtts.demo import SAMPLE_RATE, SENTENCES
+from neuron_xtts.coqui.constants import OUTPUT_RATE, STREAM_CHUNK
+from neuron_xtts.coqui.models import SENTENCES
+from neuron_xtts.options import PatchOptions
 from neuron_xtts.patching.proxy import Installation
-from neuron_xtts.report import Table
+from neuron_xtts.tables import Table
+from neuron_xtts.tools.bench import PLAIN, Figures, Results, Voice, machine, prepare
 
 VARIANTS = (PLAIN, "neuron_xtts")
 
 
 @dataclass
 class Stream:
-    """One stream.
+    """What one stream took.
 
     Attributes:
         chunks: seconds from one chunk to the next; of the first, from the call: the TTFA.
-        vocoder: seconds of them in the vocoder.
+        vocoder: how many of those seconds were spent in the vocoder.
         frames: vocoder frames that were asked for, all calls together.
-        samples: of audio, at 24 kHz.
+        samples: how many samples of audio came, at 24 kHz.
     """
 
     chunks: list[float] = field(default_factory=list)
@@ -44,11 +47,18 @@ class Stream:
         return sum(self.chunks)
 
 
-def stream(xtts: Any, voice: Sequence[Any], *, codes: int, size: int) -> Stream:
-    """Time a stream of ``codes`` codes with chunks of ``size``, patched or not."""
+def stream(xtts: Any, voice: Voice, *, codes: int, size: int) -> Stream:
+    """Time a stream.
+
+    Args:
+        xtts: the model, patched or not.
+        voice: conditioning latents and speaker embedding.
+        codes: how many codes the stream has.
+        size: codes per chunk.
+    """
     result = Stream()
 
-    def vocode(wrapped: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def vocode(wrapped: Callable[..., Tensor], args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor:
         start = time.perf_counter()
         audio = wrapped(*args, **kwargs)
         result.vocoder += time.perf_counter() - start
@@ -77,7 +87,7 @@ class StreamResults(Results):
 
     Attributes:
         size: codes per chunk.
-        samples: the streams by number of codes and variant, one a round.
+        samples: the streams, by number of codes and variant, one a round.
         worked: vocoder frames that graphs computed, halo and padding included, by number of codes.
     """
 
@@ -86,12 +96,12 @@ class StreamResults(Results):
     worked: dict[int, int]
 
     def chunks(self, codes: int, variant: str) -> list[float]:
-        """Median seconds of each chunk."""
+        """Median seconds of each chunk of the streams of one length and variant."""
         taken = (sample.chunks for sample in self.samples[codes][variant])
         return [statistics.median(times) for times in zip(*taken, strict=True)]
 
     def figures(self, codes: int, variant: str) -> dict[str, float]:
-        """Medians over the rounds, in seconds."""
+        """Medians over the rounds, by name: seconds, and the RTF."""
         taken, chunks = self.samples[codes][variant], self.chunks(codes, variant)
         last = max(codes // self.size - 1, 0)  # after it comes one with what is left: no code, or fewer than `size`
         total = statistics.median(sample.total for sample in taken)
@@ -101,15 +111,15 @@ class StreamResults(Results):
             "last whole chunk": chunks[last],
             "whole stream": total,
             "vocoder": statistics.median(sample.vocoder for sample in taken),
-            "RTF": total * SAMPLE_RATE / taken[0].samples,
+            "RTF": total * OUTPUT_RATE / taken[0].samples,
         }
 
-    def medians(self) -> dict[Any, Any]:
-        """See `figures`, by number of codes and variant."""
+    def medians(self) -> dict[int, Figures]:
+        """What `figures` returns, by number of codes and variant."""
         return {codes: {variant: self.figures(codes, variant) for variant in VARIANTS} for codes in self.samples}
 
     def tables(self) -> list[Table]:
-        """One a length."""
+        """A table for each length."""
         return [self._table(codes) for codes in self.samples]
 
     def _table(self, codes: int) -> Table:
@@ -124,12 +134,12 @@ class StreamResults(Results):
         frames = self.samples[codes][PLAIN][0].frames
         worked = self.worked[codes]
         rows.append(("vocoder frames", str(frames), str(worked), f"{frames / worked:.1f}x" if worked else ""))
-        seconds = self.samples[codes][PLAIN][0].samples / SAMPLE_RATE
+        seconds = self.samples[codes][PLAIN][0].samples / OUTPUT_RATE
         header = f"{codes} codes, {seconds:.2f} s of audio, chunks of {self.size} codes"
         return (header, *VARIANTS, ""), rows
 
     def draw(self, path: Path) -> None:
-        """Write a PNG of the seconds per chunk."""
+        """Draw the seconds per chunk of each length into a PNG file."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(4.5 * len(self.samples), 3.6), layout="constrained")
@@ -148,11 +158,11 @@ class StreamResults(Results):
 def bench_stream(
     *,
     lengths: Sequence[int] = (100, 300, 600),
-    size: int = 20,
+    size: int = STREAM_CHUNK,
     rounds: int = 3,
     small: bool = False,
     checkpoint: Path | None = None,
-    options: Mapping[str, Any],
+    options: PatchOptions,
 ) -> StreamResults:
     """Time streams with a known voice, patched and unpatched.
 
@@ -160,12 +170,12 @@ def bench_stream(
     known of the round before.
 
     Args:
-        lengths: of the streams, in codes.
+        lengths: how many codes the streams have.
         size: codes per chunk.
-        rounds: how many.
-        small: as for `demo.run`.
-        checkpoint: as for `demo.run`.
-        options: of `neuron_xtts.patch`.
+        rounds: how many rounds.
+        small: a small model instead of one of full size, if the weights are random.
+        checkpoint: the folder of a real XTTS v2 checkpoint; None for random weights.
+        options: keyword arguments of `neuron_xtts.patch`.
     """
     xtts, voice = prepare(checkpoint, small)
     samples: dict[int, dict[str, list[Stream]]] = {codes: {name: [] for name in VARIANTS} for codes in lengths}

@@ -22,7 +22,7 @@ from neuron_xtts.coqui.recognise import make_graphs
 from neuron_xtts.coqui.surface import Networks
 from neuron_xtts.errors import describe
 from neuron_xtts.options import Options
-from neuron_xtts.report import table
+from neuron_xtts.tables import table
 from neuron_xtts.version import __version__
 
 _OTHERS = ("torchaudio", "torchcodec", "torch-xla", "wrapt", "six")

@@ -20,10 +20,10 @@ import transformers
 from torch.profiler import ProfilerActivity, profile
 
 import neuron_xtts
-from neuron_xtts.benchmarks import PLAIN, prepare
-from neuron_xtts.demo import SENTENCES
+from neuron_xtts.coqui.models import SENTENCES
 from neuron_xtts.precision import HOST_PRECISIONS
-from neuron_xtts.report import table
+from neuron_xtts.tables import table
+from neuron_xtts.tools.bench import PLAIN, prepare
 
 KINDS = ("linear layers", "attention")
 PROFILED = 40

@@ -8,11 +8,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import TypeAlias
 
-from neuron_xtts import commands
 from neuron_xtts.buckets import BucketPlan
+from neuron_xtts.coqui.constants import STREAM_CHUNK
 from neuron_xtts.errors import NeuronXttsError
+from neuron_xtts.tools import commands
 from neuron_xtts.version import __version__
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+#: What `bench` measures, by the names that it had before.
+_FORMER_NAMES = {"graphs": "methods"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,98 +40,100 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(required=True, metavar="command")
-    model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("--checkpoint", type=Path, metavar="DIR", help="a real XTTS v2 checkpoint")
-    model.add_argument("--small", action="store_true", help="a small model, for a quick look")
+    for add in (_add_demo, _add_compile, _add_bench, _add_graphs, _add_doctor):
+        add(subparsers)
+    return parser
 
-    plan = argparse.ArgumentParser(add_help=False)
-    plan.add_argument("--store", type=Path, metavar="DIR", help="of compiled graphs (default: the user's cache)")
-    plan.add_argument(
-        "--sizes", type=_sizes, action="append", default=[], metavar="FIELD=N,N",
-        help="of the bucket plan, such as decode=512 or slots=1,4; nothing after the = leaves the graph out",
-    )  # fmt: skip
-    neuron = argparse.ArgumentParser(add_help=False, parents=[plan])
-    neuron.add_argument(
-        "--precision",
-        default="fp32",
-        metavar="NAME",
-        help="fp32, bf16, int8 (host), bf16-all (Neuron); default: fp32",
-    )
-    neuron.add_argument(
-        "--compiler-args", type=_assignment, action="append", default=[], metavar="GRAPH=ARGS",
-        help="of neuronx-cc for one graph, such as vocoder=-O2",
-    )  # fmt: skip
 
+def _add_demo(subparsers: Subparsers) -> None:
     demo = subparsers.add_parser(
         "demo",
-        parents=[model, neuron],
         help="speak one sentence with plain coqui-tts and patched, and compare",
         description="Speak one sentence with plain coqui-tts and patched, with the same seed; compare time and audio. "
         "Without --checkpoint the weights are random: the time is real, the audio is noise.",
     )
     demo.set_defaults(run=commands.run_demo)
+    _add_model(demo)
+    _add_plan(demo)
+    _add_precision(demo)
     demo.add_argument("--speaker-wav", type=Path, metavar="FILE", help="the voice to clone (default: a tone it makes)")
     demo.add_argument("--text", help="the sentence")
     demo.add_argument("--language", default="en", help="of the sentence (default: %(default)s)")
     demo.add_argument("--codes", type=_positive, default=100, help="with random weights (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
-    demo.add_argument("--backend", default="auto", help="auto, cpu, neuron or neuron:N (default: %(default)s)")
+    _add_backend(demo)
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="(default: %(default)s)")
 
+
+def _add_compile(subparsers: Subparsers) -> None:
     compiling = subparsers.add_parser(
         "compile",
-        parents=[neuron],
         help="compile the graphs for Neuron",
         description="Compile the graphs of a model for Neuron and put them into the store, from which patch() loads "
         "them. It takes minutes a graph, and needs Neuron's packages but no device. Exits with 1 if a graph failed.",
     )
     compiling.set_defaults(run=commands.run_compile)
+    _add_plan(compiling)
+    _add_precision(compiling)
     which = compiling.add_mutually_exclusive_group(required=True)
-    which.add_argument("--checkpoint", type=Path, metavar="DIR", help="a real XTTS v2 checkpoint")
-    which.add_argument("--small", action="store_true", help="a small model with random weights")
+    _add_model(which, small="a small model with random weights")
     which.add_argument("--random", action="store_true", help="a full-size model with random weights")
-    compiling.add_argument("--target", help="inf2, trn1, trn1n or trn2 (default: this machine)")
+    _add_target(compiling)
     compiling.add_argument("--jobs", type=_positive, help="graphs at a time (default: what memory allows)")
     compiling.add_argument("--timeout", type=float, metavar="SECONDS", help="for one graph (default: an hour)")
 
+
+def _add_bench(subparsers: Subparsers) -> None:
     bench = subparsers.add_parser(
         "bench",
-        parents=[model, neuron],
         help="measure, patched against unpatched",
         description="Measure patched against unpatched coqui-tts, in turns, in one process, with a known voice. "
         "sentence: seconds by stage in every precision, first audio, accuracy, memory. stream: time to first audio and "
-        "time per chunk. graphs: GPT.forward, vocoder and generation by themselves, mean and deviation. Full size "
+        "time per chunk. methods: GPT.forward, vocoder and generation by themselves, mean and deviation. Full size "
         "takes half an hour on two cores.",
     )
     bench.set_defaults(run=commands.run_bench)
+    _add_model(bench)
+    _add_plan(bench)
+    _add_precision(bench)
     bench.add_argument(
-        "what", choices=("sentence", "stream", "graphs"), nargs="?", default="sentence", help="(default: sentence)"
+        "what",
+        type=lambda name: _FORMER_NAMES.get(name, name),
+        choices=("sentence", "stream", "methods"),
+        nargs="?",
+        default="sentence",
+        help="(default: sentence)",
     )
     bench.add_argument(
         "--codes", type=_positive, nargs="+", help="of each sentence or stream (default: 50 100 200 400; 100 300 600)"
     )
-    bench.add_argument("--chunk", type=_positive, default=20, help="codes per chunk of a stream (default: %(default)s)")
     bench.add_argument(
-        "--precisions", nargs="+", metavar="NAME", help="of sentences and graphs (default: all that the backend has)"
+        "--chunk", type=_positive, default=STREAM_CHUNK, help="codes per chunk of a stream (default: %(default)s)"
+    )
+    bench.add_argument(
+        "--precisions", nargs="+", metavar="NAME", help="of sentences and methods (default: all that the backend has)"
     )
     bench.add_argument("--rounds", type=_positive, default=3, help="of sentences and streams (default: %(default)s)")
     bench.add_argument(
-        "--iterations", type=_positive, default=100, help="of graphs; a tenth of generation (default: %(default)s)"
+        "--iterations", type=_positive, default=100, help="of methods; a tenth of generation (default: %(default)s)"
     )
     bench.add_argument("--warm-up", type=_positive, default=10, help="iterations not counted (default: %(default)s)")
-    bench.add_argument("--backend", default="auto", help="auto, cpu, neuron or neuron:N (default: %(default)s)")
+    _add_backend(bench)
     bench.add_argument("--json", type=Path, metavar="FILE", help="write all samples and the figures made of them")
     bench.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
     bench.add_argument("--png", type=Path, metavar="FILE", help="draw the RTF, the time per chunk, or the means")
 
+
+def _add_graphs(subparsers: Subparsers) -> None:
     graphs = subparsers.add_parser(
         "graphs",
-        parents=[model, plan],
         help="list, verify and prune compiled graphs; lower them",
         description="Without options, list the store. --lower shows what the installed XLA frontend (torch-xla, or "
         "torch-neuronx's) makes of every graph of the static bucket plan, and whatever stands against compiling it.",
     )
     graphs.set_defaults(run=commands.run_graphs)
+    _add_model(graphs)
+    _add_plan(graphs)
     what = graphs.add_mutually_exclusive_group()
     what.add_argument("--lower", action="store_true", help="lower the graphs; exit with 1 if anything is against them")
     what.add_argument(
@@ -139,16 +148,56 @@ def _parser() -> argparse.ArgumentParser:
     )
     graphs.add_argument("--json", action="store_true", help="a list of objects instead of a table")
 
+
+def _add_doctor(subparsers: Subparsers) -> None:
     doctor = subparsers.add_parser(
         "doctor",
-        parents=[model, neuron],
         help="print everything a bug report needs",
         description="Print versions, hardware and store, with --checkpoint also which of its graphs are ready. Exits "
         "with 1 if there are problems.",
     )
     doctor.set_defaults(run=commands.run_doctor)
-    doctor.add_argument("--target", help="inf2, trn1, trn1n or trn2 (default: this machine)")
-    return parser
+    _add_model(doctor)
+    _add_plan(doctor)
+    _add_precision(doctor)
+    _add_target(doctor)
+
+
+# Arguments that several commands have. `argparse._ActionsContainer` is a parser, or a group of one.
+
+
+def _add_model(container: argparse._ActionsContainer, small: str = "a small model, for a quick look") -> None:
+    container.add_argument("--checkpoint", type=Path, metavar="DIR", help="a real XTTS v2 checkpoint")
+    container.add_argument("--small", action="store_true", help=small)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--store", type=Path, metavar="DIR", help="of compiled graphs (default: the user's cache)")
+    parser.add_argument(
+        "--sizes", type=_sizes, action="append", default=[], metavar="FIELD=N,N",
+        help="of the bucket plan, such as decode=512 or slots=1,4; nothing after the = leaves the graph out",
+    )  # fmt: skip
+
+
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        metavar="NAME",
+        help="fp32, bf16, int8 (host), bf16-all (Neuron); default: fp32",
+    )
+    parser.add_argument(
+        "--compiler-args", type=_assignment, action="append", default=[], metavar="GRAPH=ARGS",
+        help="of neuronx-cc for one graph, such as vocoder=-O2",
+    )  # fmt: skip
+
+
+def _add_backend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", default="auto", help="auto, cpu, neuron or neuron:N (default: %(default)s)")
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", help="inf2, trn1, trn1n or trn2 (default: this machine)")
 
 
 def _positive(value: str) -> int:
@@ -170,7 +219,3 @@ def _sizes(value: str) -> tuple[str, tuple[int, ...]]:
     if name not in {field.name for field in fields(BucketPlan)}:
         raise argparse.ArgumentTypeError(f"{name!r} is not a field of BucketPlan")
     return name, tuple(_positive(size) for size in sizes.split(",") if size)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

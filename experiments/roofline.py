@@ -1,7 +1,7 @@
 """Neuron on paper: how fast the graphs of XTTS v2 could be by their bytes and flops. PREDICTED, NOT MEASURED.
 
     neuron-xtts graphs --lower --json > lowered.json
-    python bench/roofline.py lowered.json
+    python experiments/roofline.py lowered.json
 
 Prints Markdown: the roofline of every graph, the time of a sentence, what bucket plans cost in memory and gain in time.
 """
@@ -19,7 +19,22 @@ from typing import Any, NamedTuple
 
 from neuron_xtts import BucketPlan
 from neuron_xtts.buckets import Bucket, Buckets, bucket_name
-from neuron_xtts.precision import GRAPHS, TRANSFORMER_GRAPHS
+from neuron_xtts.coqui.constants import (
+    CHANNELS,
+    CODE_RATE,
+    CODES,
+    CONDITIONING_LATENTS,
+    LAYERS,
+    MEL_BANDS,
+    OUTPUT_RATE,
+    SAMPLES_PER_CODE,
+    SAMPLES_PER_FRAME,
+    SPEAKER_CHANNELS,
+    STREAM_CHUNK,
+    seconds_of,
+)
+from neuron_xtts.graphs.catalogue import CATALOGUE, GRAPHS
+from neuron_xtts.tables import markdown
 
 HARDWARE = "https://awsdocs-neuron.readthedocs-hosted.com/en/latest/about-neuron/arch/neuron-hardware"
 
@@ -62,34 +77,34 @@ STORED = Precision("bf16, weights bf16", "bf16", 2)
 PRECISIONS = (EXACT, Precision("bf16, weights fp32", "bf16", 4), STORED)
 
 FP32 = 4  # bytes
-LAYERS, CHANNELS, CODES, SPEAKER, MELS, LATENTS = 30, 1024, 1026, 512, 80, 32  # of XTTS v2
-SAMPLES_PER_CODE, CODE_RATE, SAMPLES_PER_FRAME, OUTPUT_RATE = 1024, 22050, 256, 24000
 HALO = 13  # frames on either side of a vocoder window: neuron_xtts.graphs.vocoder.receptive_field
 
 
 def cache_bytes(positions: int) -> int:
+    """Bytes of the KV cache of a number of positions."""
     return 2 * LAYERS * positions * CHANNELS * FP32  # keys and values, in every precision
 
 
 def state_bytes(graph: str, bucket: Bucket) -> int:
+    """Bytes of the state that a graph keeps on the device."""
     return cache_bytes(bucket[0] * bucket[1]) if graph == "decode" else 0
 
 
 def moved_bytes(graph: str, bucket: Bucket) -> int:
-    """Of inputs and results, without a state."""
+    """Bytes of a graph's inputs and results, without a state."""
     rows, size = bucket[0], bucket[-1]
     numbers = {
         "prefill": size * CHANNELS + 1 + CHANNELS + CODES,
         "decode": rows * (1 + size + 2 * CHANNELS + CODES),
         "latents": 2 * size * CHANNELS,
-        "vocoder": size * (CHANNELS + 1 + SAMPLES_PER_FRAME) + SPEAKER,
-        "conditioning": size * MELS + LATENTS * CHANNELS,
+        "vocoder": size * (CHANNELS + 1 + SAMPLES_PER_FRAME) + SPEAKER_CHANNELS,
+        "conditioning": size * MEL_BANDS + CONDITIONING_LATENTS * CHANNELS,
     }
     return FP32 * numbers[graph] + (cache_bytes(size) if graph == "prefill" else 0)
 
 
 def flops_by_law(graph: str, bucket: Bucket) -> int | None:
-    """Of a graph of the transformer; None for others."""
+    """Flops of one run of a graph of the transformer; None for other graphs."""
     rows, size, head = bucket[0], bucket[-1], 2 * CHANNELS * CODES
     position = LAYERS * (24 * CHANNELS**2 + 4 * size * CHANNELS)
     laws = {"prefill": size * position + head, "decode": rows * (position + head), "latents": size * position}
@@ -132,7 +147,7 @@ class Costs:
             self.flops[graph, bucket] = line["flops"]
 
     def of(self, graph: str, bucket: Bucket) -> Cost:
-        """The cost in one bucket."""
+        """What one run of a graph in one bucket costs."""
         flops = self.flops.get((graph, bucket)) or flops_by_law(graph, bucket)
         if flops is None or graph not in self.weights:
             raise SystemExit(f"not in the file: {graph} {bucket_name(bucket)}")
@@ -142,7 +157,6 @@ class Costs:
 
 DEFAULT = BucketPlan.static()
 SENTENCES = ((110, 210), (310, 602))  # positions of the prefix, and audio codes, the stop code included
-FIRST_CHUNK = 20  # codes, coqui-tts's default for streams
 
 
 @dataclass(frozen=True)
@@ -156,7 +170,7 @@ class Predictor:
 
     def run(self, graph: str, bucket: Bucket) -> float:
         """One run of a graph."""
-        precision = self.precision if graph in TRANSFORMER_GRAPHS else EXACT
+        precision = self.precision if CATALOGUE[graph].family == "transformer" else EXACT
         return max(self.costs.of(graph, bucket).bounds(self.chip, precision))
 
     def decode(self, prefix: int, codes: int, rows: int = 1) -> float:
@@ -184,18 +198,13 @@ def windows(codes: int, sizes: Sequence[int]) -> list[int]:
     return chosen
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def chips() -> str:
     """The constants, with their source."""
     rows, figures = [], ("fp32", "bf16", "bandwidth", "memory")
     for chip in CHIPS:
         shares = (f"{chip.core(figure):.4g} of {getattr(chip, figure):g}" for figure in figures)
         rows.append((chip.name, str(chip.cores), *shares, chip.source))
-    return table(("one core of", "cores", "fp32 TFLOPS", "bf16 TFLOPS", "GB/s", "GiB", "the chip's from"), rows)
+    return markdown(("one core of", "cores", "fp32 TFLOPS", "bf16 TFLOPS", "GB/s", "GiB", "the chip's from"), rows)
 
 
 def rooflines(costs: Costs, chip: Chip) -> str:
@@ -211,19 +220,19 @@ def rooflines(costs: Costs, chip: Chip) -> str:
         if name.startswith("conditioning"):
             times[1:] = "-", "-"
         rows.append((name, f"{cost.flops / 1e9:.2f}", f"{cost.traffic(EXACT) / 1e6:.0f}", *times))
-    return table(("ms", "GFLOP", "MB", *(precision.name for precision in PRECISIONS)), rows)
+    return markdown(("ms", "GFLOP", "MB", *(precision.name for precision in PRECISIONS)), rows)
 
 
 def sentence_table(costs: Costs, prefix: int, codes: int) -> str:
     """A row for each chip and precision, with the default plan."""
-    rows, seconds = [], codes * SAMPLES_PER_CODE / CODE_RATE
+    rows, seconds = [], seconds_of(codes)
     for chip, precision in product(CHIPS, PRECISIONS):
         predictor = Predictor(costs, chip, DEFAULT, precision)
-        parts, first = predictor.parts(prefix, codes), predictor.parts(prefix, FIRST_CHUNK)
+        parts, first = predictor.parts(prefix, codes), predictor.parts(prefix, STREAM_CHUNK)
         times = (f"{time:.1f}" for time in (*parts, sum(parts)))
         rows.append((chip.name, precision.name, *times, f"{sum(parts) / 1e3 / seconds:.3f}", f"{sum(first):.1f}"))
     header = ("one core", "precision", "prefill ms", "decode ms", "vocoder ms", "sentence ms", "RTF", "TTFA ms")
-    return f"{prefix} + {codes}, {seconds:.2f} s of audio, {DEFAULT}.\n\n{table(header, rows)}"
+    return f"{prefix} + {codes}, {seconds:.2f} s of audio, {DEFAULT}.\n\n{markdown(header, rows)}"
 
 
 FIELDS = ("prefill", "decode", "slots", "latents")  # of a plan, those that differ
@@ -244,7 +253,7 @@ def memory(plan: BucketPlan, costs: Costs, precision: Precision) -> float:
     """GiB of a plan's weights, one copy a graph, and of its states. Only the transformer is stored in bf16."""
     total = 0.0
     for graph in GRAPHS:
-        share = precision.weight / FP32 if graph in TRANSFORMER_GRAPHS else 1
+        share = precision.weight / FP32 if CATALOGUE[graph].family == "transformer" else 1
         for cost in (costs.of(graph, bucket) for bucket in plan.buckets(graph)):
             total += cost.weights * share + cost.state
     return total / 2**30
@@ -258,13 +267,13 @@ def plan_table(costs: Costs, precision: Precision) -> str:
         sizes = [", ".join(map(str, getattr(plan, field))) or "-" for field in FIELDS]
         disk = memory(plan, costs, precision)
         total = disk + MICROCODE / 2**30
-        pairs = [[sum(predictor.parts(prefix, n)) for n in (codes, FIRST_CHUNK)] for prefix, codes in SENTENCES]
+        pairs = [[sum(predictor.parts(prefix, n)) for n in (codes, STREAM_CHUNK)] for prefix, codes in SENTENCES]
         times = (f"{whole:.0f} / {first:.1f}" for whole, first in pairs)
         together = 4 if 4 in plan.slots else 1
         four = predictor.decode(*SENTENCES[0], together) / together / (SENTENCES[0][1] - 1)
         rows.append((*sizes, f"{disk:.1f}", f"{total:.1f}", f"{total / limit:.0%}", *times, f"{four:.2f}"))
     sentences = (f"{prefix} + {codes}: ms / TTFA ms" for prefix, codes in SENTENCES)
-    return table((*FIELDS, "disk GiB", "HBM GiB", f"of {limit:g} GiB", *sentences, "4 texts: ms per code"), rows)
+    return markdown((*FIELDS, "disk GiB", "HBM GiB", f"of {limit:g} GiB", *sentences, "4 texts: ms per code"), rows)
 
 
 ASSUMPTIONS = f"""\
@@ -277,7 +286,7 @@ Nothing here has been run on a device or compiled for one.
 * A decode step reads all of the cache in its bucket once and writes one position of each row, in place. "Cache copied"
   is the cache written anew by every step, which is what the lowered program says without aliasing.
 * By law: by formulas, which hold exactly for every bucket of the transformer in the file, or this script ends.
-* Sentences: prefix positions + codes; vocoder in fp32, conditioning latents known. TTFA: the audio of {FIRST_CHUNK}
+* Sentences: prefix positions + codes; vocoder in fp32, conditioning latents known. TTFA: the audio of {STREAM_CHUNK}
   codes.
 * Not counted: work of the host, and copies between host and device: keys and values out of prefill, the cache into
   decode, and out and in again when it outgrows its size, {cache_bytes(1) / 1e3:.0f} kB a position.

@@ -9,7 +9,7 @@ import torch
 
 import neuron_xtts
 from neuron_xtts import BucketPlan
-from neuron_xtts.benchmarks import prepare
+from neuron_xtts.tools.bench import prepare
 
 
 def overhead(rounds: int = 300) -> float:

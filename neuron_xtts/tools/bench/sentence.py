@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,24 +21,25 @@ from tqdm import tqdm
 
 import neuron_xtts
 from neuron_xtts.backends.neuron.verification import correlation
-from neuron_xtts.benchmarks import PLAIN, Results, machine, prepare
-from neuron_xtts.benchmarks.stream import stream
-from neuron_xtts.demo import SENTENCES, Stopwatch
+from neuron_xtts.coqui.constants import STREAM_CHUNK, seconds_of
+from neuron_xtts.coqui.models import SENTENCES
+from neuron_xtts.options import PatchOptions
 from neuron_xtts.precision import HOST, WEIGHT_BYTES, Precision
-from neuron_xtts.report import Table
+from neuron_xtts.tables import Table
+from neuron_xtts.tools.bench import PLAIN, Figures, Results, Voice, in_precision, machine, prepare
+from neuron_xtts.tools.bench.stream import stream
+from neuron_xtts.tools.stopwatch import Stopwatch
 
 STAGES = ("codes", "latents", "vocoder")
 RELEASED = " released"  # what a variant is called whose fp32 weights are not kept in memory
 
 
-CHUNK = 20  # codes; coqui-tts's default
+def speak(xtts: Any, voice: Voice, codes: int) -> dict[str, float]:
+    """Time one sentence of ``codes`` codes.
 
-
-def speak(xtts: Any, voice: tuple[Any, Any], codes: int) -> dict[str, float]:
-    """Seconds of one sentence of ``codes`` codes, by stage.
-
-    Also the median time from one code to the next, and how much of it, on average, is not in the decode graph (0 of
-    coqui-tts, whose time is not told apart).
+    Returns:
+        seconds of the whole sentence and of each stage; the median time from one code to the next; and how much of
+        that, on average, is not in the decode graph (0 for coqui-tts, whose time is not told apart).
     """
     ticks: list[float] = []
     # Every code is embedded once, patched or not.
@@ -63,7 +64,7 @@ def speak(xtts: Any, voice: tuple[Any, Any], codes: int) -> dict[str, float]:
 
 
 def decoded(xtts: Any) -> tuple[float, float]:
-    """Runs of the decode graph so far, and seconds in them."""
+    """How often the decode graph has run so far, and seconds in those runs."""
     counts = neuron_xtts.report(xtts).graphs.get("decode", {}).values()
     return sum(count.runs for count in counts), sum(count.seconds for count in counts)
 
@@ -85,9 +86,10 @@ class Accuracy:
 
     Attributes:
         latents: Pearson correlation of the latents.
-        snr: of the waveform, in dB.
-        spectrum: Pearson correlation of the magnitudes of its short-time Fourier transform (1024 points, hop 256).
-        vocoder_snr: as ``snr``, of the vocoder alone, given coqui-tts's latents.
+        snr: signal-to-noise ratio of the waveform, in dB.
+        spectrum: Pearson correlation of the magnitudes of the waveform's short-time Fourier transform (1024 points,
+            hop 256).
+        vocoder_snr: signal-to-noise ratio, in dB, of what the vocoder makes of coqui-tts's latents.
     """
 
     latents: float
@@ -97,31 +99,31 @@ class Accuracy:
 
 
 def snr(ours: Tensor, theirs: Tensor) -> float:
-    """Signal-to-noise ratio in dB."""
+    """Signal-to-noise ratio of a waveform in dB, where the noise is its difference from ``theirs``."""
     return float(20 * torch.log10(theirs.norm() / (ours - theirs).norm().clamp_min(1e-30)))
 
 
 def magnitudes(wave: Tensor) -> Tensor:
-    """Of the short-time Fourier transform."""
+    """Magnitudes (513, frames) of a waveform's short-time Fourier transform."""
     return torch.stft(wave.flatten(), 1024, 256, window=torch.hann_window(1024), return_complex=True).abs()
 
 
 @torch.inference_mode()
 def accuracy(
     xtts: Any,
-    voice: tuple[Any, Any],
+    voice: Voice,
     codes: int,
-    options: Mapping[str, Any],
-    unpatch: Callable[[Any], None] = neuron_xtts.unpatch,
+    options: PatchOptions,
+    unpatch: Callable[[Any], object] = neuron_xtts.unpatch,
 ) -> Accuracy:
     """Compare a patch with ``options`` with coqui-tts.
 
     Args:
-        xtts: unpatched.
+        xtts: the model, unpatched.
         voice: conditioning latents and speaker embedding.
-        codes: how many.
-        options: of `neuron_xtts.patch`.
-        unpatch: what ends the patch.
+        codes: how many codes the sentence has.
+        options: keyword arguments of `neuron_xtts.patch`.
+        unpatch: what ends the patch, given ``xtts``.
     """
     text = torch.tensor(xtts.tokenizer.encode(SENTENCES[0].lower(), lang="en"))[None]
     torch.manual_seed(1)
@@ -173,12 +175,12 @@ class SentenceResults(Results):
     """Sentences of several lengths, in every precision.
 
     Attributes:
-        samples: what `speak` returned, by number of codes and variant, one a round; and ``bandwidth``, bytes a second
-            that all threads read of memory that no cache holds, right before.
-        first_audio: seconds to the first chunk of a stream, of `CHUNK` codes, by variant, one a round.
+        samples: what `speak` returned, by number of codes and variant, one a round; and ``bandwidth``, what `bandwidth`
+            measured right before.
+        first_audio: seconds to the first chunk of a stream, of `STREAM_CHUNK` codes, by variant, one a round.
         patching: seconds that `patch` took, by precision, one a round.
-        accuracy: by precision.
-        memory: peak, in bytes, by variant.
+        accuracy: how far each precision is from coqui-tts.
+        memory: bytes that a process holds at most, by variant.
         weights: bytes of weights that a decode step reads, by variant on the host.
     """
 
@@ -190,30 +192,34 @@ class SentenceResults(Results):
     weights: dict[str, int]
 
     def figures(self, codes: int, variant: str) -> dict[str, float]:
-        """Medians, RTF, codes per second while codes are made, and how often one code could read its weights."""
+        """Figures of one length and variant, by name.
+
+        Medians over the rounds; the RTF; codes per second while codes are made; and, where it is known what a decode
+        step reads, the time of a code over the time of merely reading its weights.
+        """
         taken = self.samples[codes][variant]
         result = {stage: statistics.median(sample[stage] for sample in taken) for stage in taken[0]}
-        result |= {"RTF": result["sentence"] / (codes * 1024 / 22050), "codes per second": codes / result["codes"]}
+        result |= {"RTF": result["sentence"] / seconds_of(codes), "codes per second": codes / result["codes"]}
         if variant in self.weights:
             reads = [sample["one code"] * sample["bandwidth"] / self.weights[variant] for sample in taken]
             result["code / reading weights"] = statistics.median(reads)
         return result
 
-    def medians(self) -> dict[Any, Any]:
-        """See `figures`, by number of codes and variant."""
+    def medians(self) -> dict[int, Figures]:
+        """What `figures` returns, by number of codes and variant."""
         return {
             codes: {variant: self.figures(codes, variant) for variant in variants}
             for codes, variants in self.samples.items()
         }
 
     def tables(self) -> list[Table]:
-        """Speed by length, then first audio, accuracy and memory."""
+        """Tables of speed, one for each length, then of first audio, accuracy and memory."""
         tables = [self._speed(codes) for codes in self.samples]
         first = {variant: statistics.median(seconds) for variant, seconds in self.first_audio.items()}
         rows: list[tuple[str, ...]] = [
             (name, f"{1e3 * seconds:.0f} ms", f"{first[PLAIN] / seconds:.2f}x") for name, seconds in first.items()
         ]
-        tables.append(((f"TTFA, first chunk of {CHUNK} codes", "", "faster"), rows))
+        tables.append(((f"TTFA, first chunk of {STREAM_CHUNK} codes", "", "faster"), rows))
         rows = [
             (name, f"{a.latents:.6f}", f"{a.snr:.1f} dB", f"{a.spectrum:.6f}", f"{a.vocoder_snr:.1f} dB",
              f"{statistics.median(self.patching[name]):.1f} s")
@@ -239,12 +245,12 @@ class SentenceResults(Results):
             ]
             limit = found.get("code / reading weights")
             rows.append((variant, *cells, f"{limit:.2f}" if limit else "", f"{found['bandwidth'] / 1e9:.0f} GB/s"))
-        label = f"{codes} codes, {codes * 1024 / 22050:.2f} s"
+        label = f"{codes} codes, {seconds_of(codes):.2f} s"
         header = ("faster", "RTF", "sentence", *STAGES, "codes/s", "one code", "sampling, loop")
         return (label, *header, "code / reading weights", "memory read at"), rows
 
     def draw(self, path: Path) -> None:
-        """Write a PNG of the real-time factor against the length."""
+        """Draw the real-time factor against the length into a PNG file."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6, 4), layout="constrained")
@@ -267,18 +273,18 @@ def bench_sentence(
     small: bool = False,
     checkpoint: Path | None = None,
     memory: bool = True,
-    options: Mapping[str, Any],
+    options: PatchOptions,
 ) -> SentenceResults:
     """Time sentences with a known voice, unpatched and in every precision.
 
     Args:
-        lengths: of the sentences, in codes.
+        lengths: how many codes the sentences have.
         rounds: each speaks every length in every variant once, in alternating order.
-        precisions: to patch with.
-        small: as for `demo.run`.
-        checkpoint: as for `demo.run`.
+        precisions: the precisions to patch with.
+        small: a small model instead of one of full size, if the weights are random.
+        checkpoint: the folder of a real XTTS v2 checkpoint; None for random weights.
         memory: on the host: measure peak memory, too, in processes of their own (of random weights).
-        options: of `neuron_xtts.patch`, but for the precision.
+        options: keyword arguments of `neuron_xtts.patch`, but for the precision.
     """
     xtts, voice = prepare(checkpoint, small)
     variants = (PLAIN, *precisions)
@@ -298,10 +304,10 @@ def bench_sentence(
             for variant in variants[:: 1 if round_ % 2 else -1]:
                 if variant != PLAIN:
                     start = time.perf_counter()
-                    neuron_xtts.patch(xtts, **options, precision=variant)
+                    neuron_xtts.patch(xtts, **in_precision(options, variant))
                     results.patching[variant].append(time.perf_counter() - start)
                 stream(xtts, voice, codes=2, size=1)  # what torch, coqui-tts or a device set up once
-                chunks = stream(xtts, voice, codes=CHUNK, size=CHUNK).chunks
+                chunks = stream(xtts, voice, codes=STREAM_CHUNK, size=STREAM_CHUNK).chunks
                 results.first_audio[variant].append(chunks[0])
                 for codes in lengths:
                     sample = {"bandwidth": bandwidth(), **speak(xtts, voice, codes)}
@@ -312,7 +318,7 @@ def bench_sentence(
     for name in precisions:
         unpatch = partial(results.unpatch, variant=name)
         codes = min(100, max(lengths))
-        results.accuracy[name] = accuracy(xtts, voice, codes, {**options, "precision": name}, unpatch)
+        results.accuracy[name] = accuracy(xtts, voice, codes, in_precision(options, name), unpatch)
     if memory and checkpoint is None:
         released = [name + RELEASED for name in precisions if HOST[name].linears != "fp32"]
         results.memory = {name: peak_memory(name, min(lengths), small) for name in (*variants, *released)}

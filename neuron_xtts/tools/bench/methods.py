@@ -1,48 +1,58 @@
-"""Single methods over and over, with fresh inputs each time: mean and standard deviation.
+"""Single methods of coqui-tts over and over, with fresh inputs each time: mean and standard deviation.
 
-In the sizes of the first published XTTS on inf2: 50 text tokens, 100 audio codes, 100 latents.
+By default in the sizes of the first published XTTS on inf2: 50 text tokens, 100 audio codes, 100 latents.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import neuron_xtts
-from neuron_xtts.benchmarks import PLAIN, Results, machine, prepare
-from neuron_xtts.report import Table
+from neuron_xtts.options import PatchOptions
+from neuron_xtts.tables import Table
+from neuron_xtts.tools.bench import PLAIN, Figures, Results, Voice, in_precision, machine, prepare
+
+#: Makes the inputs of one call and returns the call.
+MakeCall: TypeAlias = Callable[[], Callable[[], object]]
 
 _BLOCK = 10  # iterations of one variant before it is another's turn
 
 
-def make_calls(xtts: Any, voice: tuple[Any, Any], text: int, codes: int) -> dict[str, Callable[[], Callable[[], Any]]]:
-    """What is timed, by name: each makes inputs and returns the call.
+def make_calls(xtts: Any, voice: Voice, text: int, codes: int) -> dict[str, MakeCall]:
+    """What is timed, by the name of the method.
 
     No input comes twice: what is known is not computed again.
+
+    Args:
+        xtts: the model, patched or not.
+        voice: conditioning latents and speaker embedding.
+        text: how many text tokens.
+        codes: how many audio codes, and how many latents.
     """
     gpt = xtts.gpt
 
     def tokens() -> Tensor:
         return torch.randint(1, 60, (1, text))
 
-    def forward() -> Callable[[], Any]:
+    def forward() -> Callable[[], object]:
         drawn = torch.randint(0, gpt.start_audio_token, (1, codes))
         inputs = tokens(), torch.tensor([text]), drawn, torch.tensor([codes * gpt.code_stride_len])
         return lambda: gpt(*inputs, cond_latents=voice[0], return_latent=True)
 
-    def vocode() -> Callable[[], Any]:
+    def vocode() -> Callable[[], object]:
         latents = torch.randn(1, codes, gpt.final_norm.weight.shape[0])
         return lambda: xtts.hifigan_decoder(latents, g=voice[1])
 
-    def generate() -> Callable[[], Any]:
+    def generate() -> Callable[[], object]:
         inputs = tokens()
         return lambda: gpt.generate(
             voice[0], inputs, do_sample=True, top_k=50, top_p=0.85, temperature=0.75, repetition_penalty=10.0,
@@ -58,12 +68,12 @@ def share(name: str, iterations: int) -> int:
 
 
 @dataclass(kw_only=True)
-class GraphResults(Results):
+class MethodResults(Results):
     """Methods by themselves, in every precision.
 
     Attributes:
-        text: tokens.
-        codes: how many, and how many latents.
+        text: how many text tokens.
+        codes: how many audio codes, and how many latents.
         samples: seconds of every iteration, by method and variant.
         warm_up: iterations before the first turn, that are not counted; before every later turn there is one.
     """
@@ -73,15 +83,18 @@ class GraphResults(Results):
     samples: dict[str, dict[str, list[float]]]
     warm_up: int
 
-    def medians(self) -> dict[str, Any]:
+    def medians(self) -> dict[str, Figures]:
         """Mean and standard deviation in seconds, by method and variant."""
         return {
-            method: {variant: {"mean": statistics.mean(taken), "sd": deviation(taken)} for variant, taken in by.items()}
+            method: {
+                variant: {"mean": statistics.mean(taken), "sd": standard_deviation(taken)}
+                for variant, taken in by.items()
+            }
             for method, by in self.samples.items()
         }
 
     def tables(self) -> list[Table]:
-        """One row a method."""
+        """A table with a row for each method."""
         found = self.medians()
         variants = list(next(iter(found.values())))
         rows: list[tuple[str, ...]] = []
@@ -95,7 +108,7 @@ class GraphResults(Results):
         return [((f"{self.text} text tokens, {self.codes} codes", "iterations", *variants), rows)]
 
     def draw(self, path: Path) -> None:
-        """Write a PNG of the means."""
+        """Draw the mean of each method, with its standard deviation, into a PNG file."""
         from matplotlib.figure import Figure
 
         found = self.medians()
@@ -111,13 +124,19 @@ class GraphResults(Results):
         figure.savefig(path, dpi=120)
 
 
-def deviation(samples: Sequence[float]) -> float:
-    """Standard deviation of a sample; 0 of a single one."""
+def standard_deviation(samples: Sequence[float]) -> float:
+    """Standard deviation of samples; 0 of a single one."""
     return statistics.stdev(samples) if len(samples) > 1 else 0.0
 
 
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 @torch.inference_mode()
-def bench_graphs(
+def bench_methods(
     *,
     text: int = 50,
     codes: int = 100,
@@ -126,40 +145,37 @@ def bench_graphs(
     precisions: Sequence[str],
     small: bool = False,
     checkpoint: Path | None = None,
-    options: Mapping[str, Any],
-) -> GraphResults:
+    options: PatchOptions,
+) -> MethodResults:
     """Time single methods, unpatched and in every precision, in turns of a few iterations.
 
     Args:
-        text: tokens.
-        codes: how many, and how many latents.
-        iterations: of each method in each variant; of generation a tenth.
-        warm_up: iterations that are not counted, of the same; after the first turn only one.
-        precisions: to patch with.
-        small: as for `demo.run`.
-        checkpoint: as for `demo.run`.
-        options: of `neuron_xtts.patch`, but for the precision.
+        text: how many text tokens.
+        codes: how many audio codes, and how many latents.
+        iterations: how often each method is timed in each variant; generation a tenth as often.
+        warm_up: iterations before them that are not counted, in the first turn; in later turns there is one.
+        precisions: the precisions to patch with.
+        small: a small model instead of one of full size, if the weights are random.
+        checkpoint: the folder of a real XTTS v2 checkpoint; None for random weights.
+        options: keyword arguments of `neuron_xtts.patch`, but for the precision.
     """
     xtts, voice = prepare(checkpoint, small)
     variants = (PLAIN, *precisions)
     calls = make_calls(xtts, voice, text, codes)
     samples: dict[str, dict[str, list[float]]] = {method: {name: [] for name in variants} for method in calls}
-    results = GraphResults(machine=machine(), text=text, codes=codes, samples=samples, warm_up=warm_up)
+    results = MethodResults(machine=machine(), text=text, codes=codes, samples=samples, warm_up=warm_up)
     turns = -(-iterations // _BLOCK)
     with tqdm(total=turns * len(variants), desc="turns", unit="turn") as bar:
         for turn in range(turns):
             for variant in variants[:: 1 if turn % 2 else -1]:
                 if variant != PLAIN:
-                    neuron_xtts.patch(xtts, **options, precision=variant)
+                    neuron_xtts.patch(xtts, **in_precision(options, variant))
                 for method, make in calls.items():
                     taken = results.samples[method][variant]
                     for _ in range(share(method, warm_up) if turn == 0 else 1):
                         make()()
-                    for _ in range(min(share(method, _BLOCK), share(method, iterations) - len(taken))):
-                        call = make()
-                        start = time.perf_counter()
-                        call()
-                        taken.append(time.perf_counter() - start)
+                    count = min(share(method, _BLOCK), share(method, iterations) - len(taken))
+                    taken += [_seconds(make()) for _ in range(count)]
                 if variant != PLAIN:
                     results.unpatch(xtts, variant)
                 bar.update()

@@ -11,15 +11,23 @@ import tempfile
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 import neuron_xtts
-from neuron_xtts.demo import load_or_make, write_reference
-from neuron_xtts.report import Table, markdown, table
+from neuron_xtts.coqui.models import load_or_make
+from neuron_xtts.options import PatchOptions
+from neuron_xtts.tables import Table, markdown, table
+from neuron_xtts.tools.recordings import write_reference
 
-PLAIN = "coqui-tts"
+PLAIN = "coqui-tts"  # the variant that is not patched
+
+#: Conditioning latents (1, N, D) and a speaker embedding (1, G, 1).
+Voice: TypeAlias = tuple[Tensor, Tensor]
+#: Figures by name, by variant.
+Figures: TypeAlias = dict[str, dict[str, float]]
 
 
 @dataclass(kw_only=True)
@@ -27,30 +35,30 @@ class Results:
     """What a benchmark found.
 
     Attributes:
-        machine: see `machine`.
+        machine: what the figures depend on, as `machine` returns it.
         fallbacks: calls that coqui-tts served in place of graphs, by route and reason, by variant.
     """
 
-    machine: dict[str, Any]
+    machine: dict[str, str | int]
     fallbacks: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def tables(self) -> list[Table]:
-        """The figures that matter, for reading."""
+        """Tables of the figures that matter, for reading."""
         raise NotImplementedError
 
-    def medians(self) -> dict[Any, Any]:
-        """The figures that matter, for programs."""
+    def medians(self) -> dict[int, Figures] | dict[str, Figures]:
+        """The figures that matter, for programs: by what was measured, then by variant."""
         raise NotImplementedError
 
     def draw(self, path: Path) -> None:
-        """Write a PNG."""
+        """Draw the figures that matter into a PNG file."""
         raise NotImplementedError
 
     def __str__(self) -> str:
         return "\n\n".join(table(*figures) for figures in self._all_tables())
 
     def markdown(self) -> str:
-        """As ``str``, in Markdown."""
+        """Every table in Markdown; ``str`` has them as text."""
         return "\n\n".join(markdown(*figures) for figures in self._all_tables()) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,7 +66,7 @@ class Results:
         return asdict(self) | {"medians": self.medians()}
 
     def unpatch(self, xtts: Any, variant: str) -> None:
-        """Unpatch, and note what fell back."""
+        """Unpatch ``xtts``, and note what fell back while it was patched as ``variant``."""
         noted = self.fallbacks.setdefault(variant, {})
         for route, counts in neuron_xtts.report(xtts).routes.items():
             for reason, calls in counts.fallbacks.items():
@@ -73,8 +81,8 @@ class Results:
         return [*tables, (("machine", ""), [(name, str(value)) for name, value in self.machine.items()])]
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+def machine() -> dict[str, str | int]:
+    """What figures depend on: the CPU, threads, and versions."""
     packages = ("torch", "coqui-tts", "transformers", "neuron-xtts")
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -86,9 +94,20 @@ def machine() -> dict[str, Any]:
     }
 
 
-def prepare(checkpoint: Path | None, small: bool) -> tuple[Any, tuple[Any, Any]]:
-    """An ``Xtts`` and a voice."""
+def in_precision(options: PatchOptions, precision: str) -> PatchOptions:
+    """The same options of `neuron_xtts.patch`, with a precision."""
+    return {**options, "precision": precision}
+
+
+def prepare(checkpoint: Path | None, small: bool) -> tuple[Any, Voice]:
+    """An ``Xtts``, and the voice of a recording that is made for it.
+
+    Args:
+        checkpoint: the folder of a real XTTS v2 checkpoint; None for random weights.
+        small: a small model instead of one of full size, if the weights are random.
+    """
     xtts = load_or_make(checkpoint, small).synthesizer.tts_model
     with tempfile.TemporaryDirectory() as folder:
         write_reference(Path(folder) / "reference.wav")
-        return xtts, xtts.get_conditioning_latents(str(Path(folder) / "reference.wav"))
+        latents, speaker = xtts.get_conditioning_latents(str(Path(folder) / "reference.wav"))
+    return xtts, (latents, speaker)

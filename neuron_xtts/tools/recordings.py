@@ -1,0 +1,38 @@
+"""WAV files: what was spoken, and a reference recording to clone."""
+
+from __future__ import annotations
+
+import math
+import wave
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from neuron_xtts.coqui.constants import CODE_RATE
+
+
+def write_reference(path: Path, seconds: float = 6.0) -> None:
+    """Write a reference recording: a gliding, vibrating tone with harmonics, 16-bit mono at 22.05 kHz."""
+    t = torch.arange(int(seconds * CODE_RATE)) / CODE_RATE  # seconds, of each sample
+    pitch = 140 + 30 * torch.sin(2 * math.pi * 0.7 * t) + 4 * torch.sin(2 * math.pi * 5.5 * t)
+    phase = torch.cumsum(2 * math.pi * pitch / CODE_RATE, 0)
+    harmonics = sum((torch.sin(phase * n) / n for n in range(1, 12)), torch.zeros(()))
+    voice = harmonics * (0.6 + 0.4 * torch.sin(2 * math.pi * 2.3 * t))
+    write_wav(path, 0.3 * voice / voice.abs().max(), CODE_RATE)
+
+
+def write_wav(path: Path, samples: Tensor, rate: int) -> None:
+    """Write a 16-bit mono WAV file.
+
+    Args:
+        path: the file.
+        samples: (N,) samples of audio; what is beyond [-1, 1] is clipped.
+        rate: samples per second.
+    """
+    data = (samples.clamp(-1, 1) * 32767).to(torch.int16).numpy().tobytes()
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(data)
