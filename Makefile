@@ -10,7 +10,7 @@ demo-small: .venv/ready
 	.venv/bin/neuron-xtts demo --small
 
 # What does not depend on the version of coqui-tts or transformers is tested once.
-INDEPENDENT := test_neuron_double.py test_compiler.py test_store.py test_device.py
+INDEPENDENT := test_neuron_double.py test_compiler.py test_store.py test_device.py test_distribution.py
 
 # In two processes; a group of tests that share what takes long to make is one process's.
 PYTEST := -m pytest --numprocesses 2 --dist loadgroup

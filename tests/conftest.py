@@ -23,13 +23,19 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 logging.getLogger("TTS").setLevel(logging.CRITICAL)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
+# Fixtures that take long to make, and that one process makes for all tests that need them.
+SHARED = ("compiled", "distribution")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups, and before -m selects
 def pytest_collection_modifyitems(config, items):
-    """One process makes the compiled graphs, a minute and a half, and runs all tests that need them."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            if "compiled" in item.fixturenames:
-                item.add_marker(pytest.mark.xdist_group("compiled"))
+    """A test is marked ``compiled`` if it needs the compiled graphs, and grouped by what it shares with others."""
+    for item in items:
+        if "compiled" in item.fixturenames:
+            item.add_marker(pytest.mark.compiled)
+        for fixture in set(SHARED).intersection(item.fixturenames):
+            if config.pluginmanager.hasplugin("xdist"):
+                item.add_marker(pytest.mark.xdist_group(fixture))
 
 
 @pytest.fixture(scope="session")
