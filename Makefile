@@ -1,12 +1,15 @@
 # Two commands do all the set-up on a machine with Python and make: `make demo` and `make test`.
 PYTHON ?= python3
 
-.PHONY: demo demo-small test bench clean
+.PHONY: help demo demo-small quick test lint fix bench clean
 
-demo: .venv/ready
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/ready ## speak one sentence with plain coqui-tts and patched, full size, and compare
 	.venv/bin/neuron-xtts demo
 
-demo-small: .venv/ready
+demo-small: .venv/ready ## speak one sentence with a small model, for a quick look
 	.venv/bin/neuron-xtts demo --small
 
 # What does not depend on the version of coqui-tts or transformers is tested once.
@@ -16,16 +19,26 @@ INDEPENDENT := test_neuron_double.py test_compiler.py test_store.py test_device.
 PYTEST := -m pytest --numprocesses 2 --dist loadgroup
 
 # Threads that spin while they wait take the processor from the processes that tests start side by side.
-test: export OMP_WAIT_POLICY = PASSIVE
-test: .venv/ready .venv-next/ready .venv-oldest/ready
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
-	.venv/bin/mypy
+quick test: export OMP_WAIT_POLICY = PASSIVE
+
+quick: lint ## before a commit: lint, types, and the tests that are quick, on one version of coqui-tts
+	.venv/bin/python $(PYTEST) -m "not slow"
+
+test: lint .venv-next/ready .venv-oldest/ready ## everything: lint, types, and all tests, on three versions of coqui-tts
 	.venv/bin/python $(PYTEST)
 	.venv-next/bin/python $(PYTEST) $(INDEPENDENT:%=--ignore=tests/%)
 	.venv-oldest/bin/python $(PYTEST) tests/test_api.py tests/test_fallbacks.py tests/test_parity.py tests/test_stream.py
 
-bench: .venv/ready
+lint: .venv/ready ## lint, format and types, changing nothing
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+fix: .venv/ready ## format, and mend what ruff can mend
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+bench: .venv/ready ## measure sentences, patched against unpatched
 	.venv/bin/neuron-xtts bench
 
 # The Neuron stack's versions: torch 2.9.0, coqui-tts 0.27.5, transformers 4.57.6.
@@ -36,5 +49,5 @@ bench: .venv/ready
 .venv-%/ready: .venv/ready constraints/%.txt
 	PYTHON=$(PYTHON) sh scripts/setup.sh .venv-$*
 
-clean:
+clean: ## remove what these commands made
 	rm -rf .venv .venv-next .venv-oldest demo

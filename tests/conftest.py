@@ -23,17 +23,16 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 logging.getLogger("TTS").setLevel(logging.CRITICAL)
 
 
-# Fixtures that take long to make, and that one process makes for all tests that need them.
-SHARED = ("compiled", "distribution")
+# Fixtures that take long to make: the tests that need one are slow, and all in the process that makes it.
+LONG = ("compiled", "distribution", "wide")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups, and before -m selects
 def pytest_collection_modifyitems(config, items):
-    """A test is marked ``compiled`` if it needs the compiled graphs, and grouped by what it shares with others."""
+    """Mark what `LONG` fixtures make slow."""
     for item in items:
-        if "compiled" in item.fixturenames:
-            item.add_marker(pytest.mark.compiled)
-        for fixture in set(SHARED).intersection(item.fixturenames):
+        for fixture in set(LONG).intersection(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
             if config.pluginmanager.hasplugin("xdist"):
                 item.add_marker(pytest.mark.xdist_group(fixture))
 

@@ -99,6 +99,7 @@ def test_deepcopy_is_unpatched_and_works(tts, voice):
     assert not neuron_xtts.is_patched(twin)
 
 
+@pytest.mark.slow
 def test_pickle(xtts, voice):
     """What can be pickled unpatched can be pickled patched, and is unpatched in the pickle."""
     from TTS.tts.layers.xtts.hifigan_decoder import HifiDecoder

@@ -36,6 +36,7 @@ def check_demo(out, folder, frames):
     assert np.abs(plain).max() > 100
 
 
+@pytest.mark.slow
 def test_demo(tmp_path):
     """In a process of its own: the installed command, without a terminal."""
     command = [
@@ -57,6 +58,7 @@ def test_demo(tmp_path):
     assert (tmp_path / "out" / "reference.wav").is_file()
 
 
+@pytest.mark.slow
 def test_demo_with_a_checkpoint(tmp_path, capsys):
     random_tts(tmp_path / "checkpoint", small=True)
     weights = torch.load(tmp_path / "checkpoint" / "model.pth")
@@ -91,6 +93,7 @@ def test_wrong_arguments(arguments, capsys):
     assert "usage: neuron-xtts" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bench_stream(tmp_path, capsys):
     """Table, samples and picture of the same figures."""
     files = tmp_path / "stream.json", tmp_path / "stream.png"
@@ -114,6 +117,7 @@ def test_bench_stream(tmp_path, capsys):
     assert files[1].read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_bench(tmp_path, capsys):
     """Every stage and figure, of samples that were taken."""
     files = [tmp_path / f"sentence.{kind}" for kind in ("json", "png", "md")]
@@ -160,6 +164,7 @@ def test_sentences_share_no_audio():
     assert windows == [int(20 * 4 * 24000 / 22050), int(20 * 4 * 24000 / 22050) + int(40 * 4 * 24000 / 22050)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["methods", "graphs"])  # by its name, and by the one that it had before
 def test_bench_methods(what, tmp_path, capsys):
     """The figures are those of the samples, of which there are as many as asked for."""

@@ -66,6 +66,7 @@ def test_what_is_in_the_store(compiled):
     assert list(Store(compiled).leftovers()) == []
 
 
+@pytest.mark.slow
 def test_jobs_that_fail_leave_the_others_alone(tts, neuron, tmp_path, monkeypatch, voice):
     """A crash, an error and one that the operating system kills; nothing half-made is left."""
     monkeypatch.setenv("NEURON_DOUBLE_FAULT", "crash:vocoder-64,fail:vocoder-65,killed:vocoder-66")
@@ -100,6 +101,7 @@ def test_jobs_that_fail_leave_the_others_alone(tts, neuron, tmp_path, monkeypatc
     assert [entry.status for entry in summary.entries] == ["compiled", "found"]
 
 
+@pytest.mark.slow
 def test_a_miscompiled_graph_is_quarantined(tts, neuron, tmp_path, monkeypatch, voice):
     monkeypatch.setenv("NEURON_DOUBLE_FAULT", "miscompile:vocoder-64")
     summary = neuron_xtts.compile(tts, store=tmp_path, buckets=vocoders(64), progress=False)
@@ -114,6 +116,7 @@ def test_a_miscompiled_graph_is_quarantined(tts, neuron, tmp_path, monkeypatch, 
     assert neuron_xtts.report(tts).missing == {"vocoder 64": entry.reason}
 
 
+@pytest.mark.slow
 def test_a_compiler_with_the_small_kernel_defect(tts, neuron, tmp_path, monkeypatch):
     """It computes kernel 3 with dilation 5 wrongly; the graph for it has no such convolution."""
     neuron_double.install(tmp_path / "site", neuronx_cc="2.24.8799.0")
@@ -138,6 +141,7 @@ def test_filled_kernels_compute_the_same(graphs):
     torch.testing.assert_close(folded(*inputs)[0], expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_graph_that_does_not_lower(tts, neuron, tmp_path, monkeypatch):
     """It is found before the compiler starts."""
     monkeypatch.setattr(jobs, "traceable", lambda graphs, fill: {"vocoder": Interpolating()})
@@ -153,6 +157,7 @@ class Interpolating(Graph):
         return {"frames": torch.randn(1, 4, size)}
 
 
+@pytest.mark.slow
 def test_a_device_that_is_busy_after_compiling(tts, neuron, tmp_path, monkeypatch):
     """Verification waits for the first load."""
     monkeypatch.setenv("NEURON_DOUBLE_FAULT", "busy")
@@ -165,6 +170,7 @@ def test_a_device_that_is_busy_after_compiling(tts, neuron, tmp_path, monkeypatc
     assert artifact.manifest["verification"]["machine"] == "inf2.xlarge"
 
 
+@pytest.mark.slow
 def test_a_build_machine(tts, neuron_root, tmp_path, monkeypatch):
     """Compiled for a named target without a driver; the instance finds it under the same key."""
     for name in [name for name in os.environ if name.startswith("NEURON_")]:
@@ -196,6 +202,7 @@ print(summary.entries[0].status)
 """
 
 
+@pytest.mark.slow
 def test_four_processes_make_it_once(neuron_root, tmp_path):
     processes = [
         subprocess.Popen(
@@ -243,6 +250,7 @@ def wait_for(condition, seconds=90):
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_nothing_half_made(neuron_root, tmp_path, capsys):
     """Its worker ends with it, its lock is free, and what it left can be pruned."""
     store, site = tmp_path / "store", neuron_root / "site"

@@ -75,6 +75,7 @@ def test_as_coqui(small, frames, monkeypatch):
     compare_in_fp64(small, mel, monkeypatch)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_as_coqui_full_size(full, monkeypatch):
     mel = torch.randn(1, 80, CHUNK)
@@ -142,6 +143,7 @@ def test_saved_and_loaded(small):
     assert torch.equal(torch.load(buffer, weights_only=False)(mel)[0], graph(mel)[0])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(("size", "frames"), [("small", 29), ("small", CHUNK), ("full", CHUNK)])
 def test_lowers_and_computes_the_same(size, frames, request):

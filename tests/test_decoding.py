@@ -70,6 +70,7 @@ def admit(batch, speaker):
         speaker.check(*outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 @settings(max_examples=25, deadline=None, report_multiple_bugs=False, phases=[Phase.explicit, Phase.generate])
 @given(

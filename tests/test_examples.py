@@ -19,6 +19,8 @@ from packaging.version import Version
 from neuron_xtts.backends.neuron.store import Store
 from neuron_xtts.demo import random_tts
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 TEXT = "the band plays."

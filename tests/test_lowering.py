@@ -63,6 +63,7 @@ def test_every_graph_lowers(graphs):
     assert lowered["vocoder", (32,)].operators["convolution"] == 83
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_was_lowered_computes_the_same(graphs):
     """Each graph on XLA's CPU device against the same graph on the host, state included."""
@@ -219,6 +220,7 @@ def test_dynamic_update_slice_at_a_constant():
     assert Program(HLO.replace("INSTRUCTION", line)).rejected() == []
 
 
+@pytest.mark.slow
 def test_command(capsys):
     sizes = ["prefill=40", "decode=48", "latents=50", "vocoder=32", "conditioning=29"]
     assert main(["graphs", "--lower", "--small", "--json", *(f"--sizes={size}" for size in sizes)]) == 0
@@ -232,6 +234,7 @@ def test_command(capsys):
     assert all(row.rstrip().endswith("none") for row in rows)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies(graphs, tmp_path, monkeypatch):
     """Its graph has a reason; the others are lowered."""
     monkeypatch.setattr(jobs, "traceable", lambda graphs, fill: {**traceable(graphs, fill=fill), "latents": Dying()})

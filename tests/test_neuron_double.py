@@ -264,6 +264,7 @@ def test_inference_mode(neuron):
 # Save, load, processes
 
 
+@pytest.mark.slow
 def test_new_process(neuron, tmp_path, site, root):
     module, traced, inputs = cache(neuron)
     torch.jit.save(traced, tmp_path / "model.pt")
@@ -517,6 +518,7 @@ def test_miscompiled_convolution(site, root, compiler, right):
         assert off.min() < 1e-5  # only some positions
 
 
+@pytest.mark.slow
 def test_deaths(site, root):
     script = """
         import os, sys, torch, torch_neuronx

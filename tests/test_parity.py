@@ -44,7 +44,7 @@ def test_text_lengths(xtts, voice, plan, sampling, tokens):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("codes", [1, 2, 3, 60, 602])
+@pytest.mark.parametrize("codes", [1, 2, 3, 60, pytest.param(602, marks=pytest.mark.slow)])
 def test_stop_token(xtts, voice, plan, codes):
     """Early, late, and on the very last code."""
     options = stop_after(xtts, codes)
@@ -53,6 +53,7 @@ def test_stop_token(xtts, voice, plan, codes):
     assert ours[0]["gpt_latents"].shape[1] == codes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_no_stop_token(xtts, voice, plan):
     """The model's own limit: 602 codes; and the most that coqui-tts can turn into latents: 603."""
@@ -141,6 +142,7 @@ SIZES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_model_sizes(tmp_path, reference, size):
     xtts = random_tts(tmp_path, small=size != "full width", seed=7, **SIZES[size]).synthesizer.tts_model
@@ -166,6 +168,7 @@ plans = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     plan=plans,
@@ -184,6 +187,7 @@ def test_padding_never_changes_the_audio(tts_original, voice, plan, tokens, code
     assert_same_speech(ours, theirs)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     temperature=st.floats(0.1, 2.0),

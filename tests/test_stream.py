@@ -65,6 +65,7 @@ def models(tts_original):
     return plain, neuron_xtts.patch(patched, strict=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
@@ -199,6 +200,7 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
+@pytest.mark.slow
 def test_a_thousand_abandoned_streams(xtts, voice):
     """Texts and voices of their own, each given up after its first chunk: nothing piles up."""
     neuron_xtts.patch(xtts, strict=True)

@@ -30,6 +30,7 @@ def frames(codes, speed=1.0):
     return int(codes / speed * FRAMES_PER_CODE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("speed", [0.7, 1.0, 1.5])
 @pytest.mark.parametrize("size", [5, 20])
 def test_frames_vocoded(xtts, voice, speed, size):
@@ -82,6 +83,7 @@ STEPS = st.tuples(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(steps=st.lists(STEPS, min_size=2, max_size=6), seed=st.integers(0, 2**31))
 def test_any_sequence_of_calls(decoders, voice, steps, seed):
