@@ -17,7 +17,7 @@ import TTS.api
 from packaging.version import Version
 
 from neuron_xtts.backends.neuron.store import Store
-from neuron_xtts.demo import random_tts
+from neuron_xtts.coqui.models import random_tts
 
 pytestmark = pytest.mark.slow
 
