@@ -7,8 +7,9 @@ import pytest
 import torch
 from TTS.vocoder.models.hifigan_generator import HifiganGenerator
 
-from neuron_xtts.backends.host.kernels import lazy_zeros, linear
+from neuron_xtts.backends.host.kernels import linear
 from neuron_xtts.backends.host.operators import HostOperators
+from neuron_xtts.backends.memory import lazy_zeros
 from neuron_xtts.graphs import catalogue, conditioning, operators, transformer, vocoder
 from neuron_xtts.graphs.operators import MASKED, PLAIN
 from neuron_xtts.graphs.transformer import Decode, Latents, Prefill, Trunk

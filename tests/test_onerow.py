@@ -183,11 +183,11 @@ def test_layers_that_it_does_not_know(precision, path, how, caplog):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @torch.no_grad()
 def test_without_torchscript(precision, monkeypatch, caplog):
-    """The same sources run as Python, bit for bit."""
+    """The same functions run as Python, bit for bit."""
     for cache in (onerow._program, kernels._product):
         cache.cache_clear()
     with monkeypatch.context() as patching:
-        patching.delattr(torch.jit, "CompilationUnit")
+        patching.delattr(torch.jit, "script")
         slow = states(decode_graph(2, 8, 2), precision)[0]
         product = kernels._product(precision.replace("bf16", "fp16"))
     assert "slower than it could be without TorchScript" in caplog.text

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from neuron_xtts.backends.host.converted import Aside, HostVocoder, Linears
-from neuron_xtts.backends.host.kernels import cpu_has, lazy_zeros, rounded
+from neuron_xtts.backends.host.kernels import cpu_has, rounded
 from neuron_xtts.backends.host.onerow import OneRow
 from neuron_xtts.backends.host.operators import HostOperators
+from neuron_xtts.backends.memory import lazy_zeros
 from neuron_xtts.buckets import Bucket, BucketPlan
 from neuron_xtts.errors import Fallback
 from neuron_xtts.graphs.transformer import Decode, KeysAndValues, Trunk

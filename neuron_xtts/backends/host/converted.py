@@ -125,7 +125,7 @@ class Linears:
         return multiply(self.kind, x, packed, module.bias)
 
     def argument(self, module: Any) -> Any:
-        """The layer as ``product`` of `product_source` takes it.
+        """The layer as the function `product_of` its kind takes it.
 
         Raises:
             LookupError: this layer is none that could be.

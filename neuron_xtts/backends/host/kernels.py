@@ -6,82 +6,37 @@ All are operators of torch; what is measured of them stands in docs/performance.
 from __future__ import annotations
 
 import functools
-import logging
-import math
-import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from neuron_xtts.backends.host.programs import product_fp16, product_fp32, product_int8, scripted
 from neuron_xtts.coqui.hooks import is_hooked
-
-logger = logging.getLogger(__name__)
 
 # What torch.compile makes of linear layers; torch has no public name for it in fp32.
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
     torch.ops.mkldnn, "_linear_pointwise"
 )
 
-_PACKED = "__torch__.torch.classes.quantized.LinearPackedParamsBase"
 
-# The product of a linear layer and one row, or more in fp16 and int8, and the type of the layer, in TorchScript: called
-# from Python, an operator with packed weights takes 15 us before it begins; from TorchScript 6. (Strings, because
-# torch.jit.script wants the source file at run time.)
-_PRODUCTS = {
-    "fp32": (
-        "Tuple[Tensor, Tensor, Tensor, Tensor]",
-        """
-def product(x: Tensor, layer: Tuple[Tensor, Tensor, Tensor, Tensor]):
-    weight, bias, rows, bags = layer
-    sums = torch.embedding_bag(weight, rows, bags, False, 0, False, x.reshape(-1))[0]
-    return (sums.sum(0) + bias).view(list(x.shape[:-1]) + [-1])
-""",
-    ),
-    "fp16": (
-        _PACKED,
-        f"""
-def product(x: Tensor, layer: {_PACKED}):
-    return torch.ops.quantized.linear_dynamic_fp16(x, layer)
-""",
-    ),
-    "int8": (
-        _PACKED,
-        f"""
-def product(x: Tensor, layer: {_PACKED}):
-    return torch.ops.quantized.linear_dynamic(x, layer, REDUCE_RANGE)
-""",
-    ),
-}
-
-
-def product_source(kind: str) -> tuple[str, str]:
-    """The type of a linear layer and its product as ``product(x, layer)``, in TorchScript.
+def product_of(kind: str) -> Callable[[Tensor, Any], Tensor]:
+    """The product of rows and a linear layer as ``product(x, layer)``, in Python.
 
     Args:
         kind: of weights: ``"fp32"``, for one row only, ``"fp16"`` or ``"int8"``.
     """
-    layer, source = _PRODUCTS[kind]
-    # Without VNNI, FBGEMM adds pairs of products in 16 bits, where only 7 bits of an activation are safe.
-    return layer, source.replace("REDUCE_RANGE", str(not cpu_has("avx512_vnni", "avx_vnni")))
+    if kind == "int8":
+        # Without VNNI, FBGEMM adds pairs of products in 16 bits, where only 7 bits of an activation are safe.
+        return product_int8(reduce_range=not cpu_has("avx512_vnni", "avx_vnni"))
+    return {"fp32": product_fp32, "fp16": product_fp16}[kind]
 
 
 @functools.cache
 def _product(kind: str) -> Callable[[Tensor, Any], Tensor]:
-    return compiled(product_source(kind)[1], "product")
-
-
-def compiled(source: str, name: str) -> Callable[..., Tensor]:
-    """The function ``name`` of a source in TorchScript, or in Python, if torch, which gives it up, has it no more."""
-    try:
-        return getattr(torch.jit.CompilationUnit(source), name)  # type: ignore[no-any-return]
-    except (AttributeError, RuntimeError) as error:
-        logger.warning("decoding is slower than it could be without TorchScript: %s", error)
-        namespace: dict[str, Any] = {"torch": torch}
-        exec(f"from __future__ import annotations\n{source}", namespace)
-        return namespace[name]  # type: ignore[no-any-return]
+    return scripted(product_of(kind))
 
 
 def linear(module: Any, x: Tensor) -> Tensor:
@@ -107,7 +62,7 @@ def linear(module: Any, x: Tensor) -> Tensor:
 
 
 def row_layer(module: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A ``Conv1D`` as ``product`` in fp32 wants it: its weight's rows in equal parts, one per thread if possible."""
+    """A ``Conv1D`` as `product_fp32` takes it: its weight's rows in equal parts, one per thread if possible."""
     channels = module.weight.shape[0]
     parts = torch.get_num_threads()
     while channels % parts:
@@ -152,22 +107,16 @@ def multiply(kind: str, x: Tensor, packed: Any, bias: Tensor) -> Tensor:
     return product(x / size, packed).sub_(bias).mul_(size).add_(bias)
 
 
+# Positions whose keys lie side by side in the cache of one row, a choice of ours: a row of them is a cache line or two.
+WIDTH = 64
 # Positions, of all rows together, by which a KV cache grows: growing copies, and XTTS v2 has 1044 at most.
-GROWTH = 1152
+GROWTH = 18 * WIDTH
 
 
 def rounded(positions: int, rows: int = 1) -> int:
     """The positions to allocate for each of ``rows``."""
     growth = GROWTH // min(rows, 9)  # so that many rows still grow by 128 at a time
     return -(-positions // growth) * growth
-
-
-def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros whose memory the operating system hands out as they are written, in small pages."""
-    # Not numpy.zeros: it asks for huge pages, of which a KV cache soon touches every one.
-    private: dict[str, int] = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, **private)
-    return torch.frombuffer(memory, dtype=dtype).view(*shape)
 
 
 def cpu_has(*flags: str) -> bool:

@@ -16,53 +16,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from neuron_xtts.backends.host.converted import Linears, linears_of
-from neuron_xtts.backends.host.kernels import compiled, lazy_zeros, product_source, rounded
+from neuron_xtts.backends.host.kernels import WIDTH, product_of, rounded
+from neuron_xtts.backends.host.programs import Norm, one_row_blocks, scripted
+from neuron_xtts.backends.memory import lazy_zeros
 from neuron_xtts.coqui.hooks import is_hooked
 from neuron_xtts.graphs.transformer import Decode, KeysAndValues
-
-# Positions whose keys lie side by side, a choice of ours: a row of them is a cache line or two.
-_WIDTH = 64
-
-# H heads, K channels per head, S slots, C chunks of W slots: keys (blocks, H, C, K, W), values (blocks, H, S, K).
-_PROGRAM = """
-def norm(x: Tensor, layer: Tuple[Tensor, Tensor, float]):
-    return torch.layer_norm(x, [x.shape[-1]], layer[0], layer[1], layer[2])
-
-def sums(table: Tensor, rows: Tensor, bags: Tensor, weights: Tensor):
-    return torch.embedding_bag(table, rows, bags, False, 0, False, weights.to(table.dtype))[0]
-
-def run(
-    x: Tensor, keys: Tensor, values: Tensor, at: int, chunk_rows: Tensor, slot_rows: Tensor,
-    norms: List[Tuple[Tensor, Tensor, float]], layers: List[{layer}],
-):
-    heads, channels, width = keys.shape[1], keys.shape[3], keys.shape[4]
-    chunks, used = at // width + 1, at + 1
-    chunk_rows = chunk_rows.narrow(1, 0, chunks * channels).reshape(-1)
-    slot_rows = slot_rows.narrow(1, 0, used).reshape(-1)
-    chunk_bags, slot_bags = torch.arange(heads * chunks) * channels, torch.arange(heads) * used
-    for i in range(keys.shape[0]):
-        k, v = keys[i], values[i]
-        query, key, value = product(norm(x, norms[2 * i]), layers[4 * i]).view(3, heads, channels).unbind()
-        k.select(3, at % width).select(1, at // width).copy_(key)
-        v.select(1, at).copy_(value)
-        query = (query * channels ** -0.5).unsqueeze(1).expand(heads, chunks, channels).reshape(-1)
-        scores = sums(k.view(-1, width), chunk_rows, chunk_bags, query).view(heads, -1).narrow(1, 0, used)
-        shares = torch.softmax(scores, -1, dtype=torch.float).view(-1)
-        attended = sums(v.view(-1, channels), slot_rows, slot_bags, shares).to(x.dtype).view(x.shape)
-        x = x + product(attended, layers[4 * i + 1])
-        hidden = torch.ops.aten.gelu(product(norm(x, norms[2 * i + 1]), layers[4 * i + 2]), approximate="tanh")
-        x = x + product(hidden, layers[4 * i + 3])
-    return x
-"""
 
 
 @functools.cache
 def _program(kind: str) -> Callable[..., Tensor]:
-    layer, product = product_source(kind)
-    return compiled(product + _PROGRAM.format(layer=layer), "run")
+    product = product_of(kind)
+    return scripted(one_row_blocks(product), product)
 
 
-def _norm(module: Any) -> tuple[Tensor, Tensor, float]:
+def _norm(module: Any) -> Norm:
     if type(module) is not nn.LayerNorm or is_hooked(module) or module.weight is None or module.bias is None:
         raise LookupError(f"a {type(module).__name__} with hooks, without weights or of another kind")
     return module.weight, module.bias, module.eps
@@ -91,13 +58,13 @@ class OneRow:
 
     def _allocate(self, positions: int) -> None:
         _, heads, _, channels = self._decode.cache_shape(1, 1)
-        blocks, chunks = len(self._decode.trunk.h), rounded(positions) // _WIDTH
+        blocks, chunks = len(self._decode.trunk.h), rounded(positions) // WIDTH
         # Zeros, since what a slot holds before it is written must be finite.
-        self._keys = lazy_zeros((blocks, heads, chunks, channels, _WIDTH), self._dtype)
-        self._values = lazy_zeros((blocks, heads, chunks * _WIDTH, channels), self._dtype)
+        self._keys = lazy_zeros((blocks, heads, chunks, channels, WIDTH), self._dtype)
+        self._values = lazy_zeros((blocks, heads, chunks * WIDTH, channels), self._dtype)
         # Where, in tables of W and K columns, the rows of each head are.
         self._chunk_rows = torch.arange(heads * chunks * channels).view(heads, -1)
-        self._slot_rows = torch.arange(heads * chunks * _WIDTH).view(heads, -1)
+        self._slot_rows = torch.arange(heads * chunks * WIDTH).view(heads, -1)
 
     @property
     def capacity(self) -> int:
@@ -106,11 +73,11 @@ class OneRow:
 
     def fill(self, row: int, cache: KeysAndValues, length: int) -> None:
         """See `DecodeState.fill`."""
-        chunks = -(-length // _WIDTH)
+        chunks = -(-length // WIDTH)
         for block, (k, v) in enumerate(cache.blocks()):
             keys, values = k[0, :, :length], v[0, :, :length]
-            padded = F.pad(keys, (0, 0, 0, chunks * _WIDTH - length))  # (H, C W, K)
-            self._keys[block, :, :chunks] = padded.view(len(padded), chunks, _WIDTH, -1).transpose(2, 3)
+            padded = F.pad(keys, (0, 0, 0, chunks * WIDTH - length))  # (H, C W, K)
+            self._keys[block, :, :chunks] = padded.view(len(padded), chunks, WIDTH, -1).transpose(2, 3)
             self._values[block, :, :length] = values
 
     def grow(self, positions: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_xtts.backends.host.kernels import lazy_zeros
+from neuron_xtts.backends.memory import lazy_zeros
 from neuron_xtts.backends.neuron.store import Artifact, Recipe, Store
 from neuron_xtts.backends.neuron.verification import deviation
 from neuron_xtts.buckets import Bucket, BucketPlan, bucket_name
