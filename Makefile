@@ -29,10 +29,11 @@ test: lint .venv-next/ready .venv-oldest/ready ## everything: lint, types, and a
 	.venv-next/bin/python $(PYTEST) $(INDEPENDENT:%=--ignore=tests/%)
 	.venv-oldest/bin/python $(PYTEST) tests/test_api.py tests/test_fallbacks.py tests/test_parity.py tests/test_stream.py
 
-lint: .venv/ready ## lint, format and types, changing nothing
+lint: .venv/ready ## lint, format, types and the direction of imports, changing nothing
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo
 
 fix: .venv/ready ## format, and mend what ruff can mend
 	.venv/bin/ruff check --fix .

@@ -337,8 +337,9 @@ def test_a_full_disk(tts, neuron, tmp_path, monkeypatch):
 
 def test_graphs_that_cannot_be_handed_over(graphs, tmp_path):
     graphs["latents"].register_forward_hook(lambda *_: None)
+    jobs = Jobs(tmp_path, graphs, workers=1, timeout=1, fill=False)
     with pytest.raises(JobError, match=r"cannot be handed to another process .* remove hooks"):
-        Jobs(tmp_path, graphs, workers=1, timeout=1, fill=False)
+        jobs.__enter__()
 
 
 def test_memory_limits_what_runs_at_a_time():

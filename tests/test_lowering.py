@@ -158,7 +158,7 @@ def test_disconnected_state(graphs):
             return self.decode(*inputs, *(torch.zeros_like(state) for state in self.states))
 
     module = copy.deepcopy(Forgetful(graphs["decode"], 1, 48)).to(torch_xla.device())
-    lowering = lower("decode", "1x48", module, module.example(1, 48))
+    lowering = lower("decode", "1x48", module, graphs["decode"].example(1, 48))
     assert lowering.disconnected == [f"states.{i}" for i in range(4)]
 
 

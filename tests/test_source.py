@@ -37,6 +37,7 @@ EDITS = {
     "a comment": ("graphs/operators.py", "# torch's own lowers", "# It lowers", set()),
     "a type": ("graphs/transformer.py", "def causal_mask(length: int,", "def causal_mask(length: object,", set()),
     "the receptive field": ("graphs/vocoder.py", "hop = math.prod(", "hop = 1 * math.prod(", set()),
+    "example inputs": ("graphs/transformer.py", "max(length - 2, 0)", "max(length - 3, 0)", set()),
     "verification's inputs": ("graphs/transformer.py", "torch.randn(self.cache_shape", "torch.rand(self.cache_shape",
                               set()),
     "the host's attention": ("backends/host/operators.py", "attn_mask=mask", "attn_mask=None", set()),

@@ -18,7 +18,8 @@ from neuron_xtts.graphs.catalogue import CATALOGUE
 from neuron_xtts.graphs.operators import Graph
 
 _GRAPHS = "neuron_xtts.graphs."
-_SHAPES_NOTHING = {"example_state", "extra_repr", "use"}  # methods for verification, for digests of weights, for hosts
+# Methods: of inputs a recipe has names, types and shapes; of layers the digest of weights has settings.
+_SHAPES_NOTHING = {"example", "example_state", "extra_repr", "use"}
 
 
 @functools.cache
