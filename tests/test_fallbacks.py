@@ -1,5 +1,6 @@
 """Every named fallback: reached, answered by coqui-tts bit for bit, and counted with its reason."""
 
+import ast
 import copy
 import logging
 import pathlib
@@ -16,6 +17,7 @@ import neuron_xtts
 from neuron_xtts import BucketPlan
 from neuron_xtts.backends.host.backend import CpuBackend, HostState
 from neuron_xtts.backends.host.onerow import OneRow
+from neuron_xtts.patching.dispatch import DISABLE_VARIABLE
 from neuron_xtts.runner import Runner
 
 TEXT = torch.arange(1, 10)[None]
@@ -292,6 +294,8 @@ CASES = {
     "two speakers": (None, None, call(vocode, speaker=lambda g: torch.cat([g, -g])), "HifiDecoder.forward",
                      "a speaker embedding that is not one per row"),
     "half latents": (None, None, call(vocode, dtype=torch.float16), "HifiDecoder.forward", "latents of torch.float16"),
+    "half a speaker": (None, None, call(vocode, speaker=lambda g: g.half()), "HifiDecoder.forward",
+                       "speaker embedding of torch.float16"),
     "NaN latents": (None, None, call(vocode, value=torch.nan), "HifiDecoder.forward", "audio that is not finite"),
 }  # fmt: skip
 
@@ -341,14 +345,40 @@ def test_fallback(xtts, voice, name):
 
 def test_every_reason_is_tested():
     """The reasons in the source, with their variable parts cut, all begin a reason above or in another test."""
-    source = pathlib.Path(neuron_xtts.__file__).parent
-    reasons = set()
-    for path in source.rglob("*.py"):
-        reasons |= set(re.findall(r'Fallback\(f?"([^"{]+)', path.read_text()))
+    reasons = {reason.partition("{}")[0] for reason in reasons_in_the_source()}
     tested = {reason for *_, reason in CASES.values()} | set(OTHER_REASONS)
     assert {reason for reason in reasons if not any(known.startswith(reason) for known in tested)} == set()
     tests = "".join(path.read_text() for path in pathlib.Path(__file__).parent.glob("test_*.py"))
     assert all(f"def {name}(" in tests for name in OTHER_REASONS.values())
+
+
+def reasons_in_the_source():
+    """What fallbacks say, with ``{}`` for what varies: ``Fallback("...")``, and what `check_fp32` makes of names."""
+    found = set()
+    for path in pathlib.Path(neuron_xtts.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+                continue
+            if node.func.id == "Fallback" and isinstance(node.args[0], (ast.Constant, ast.JoinedStr)):
+                parts = getattr(node.args[0], "values", node.args)
+                found.add("".join(part.value if isinstance(part, ast.Constant) else "{}" for part in parts))
+            if node.func.id == "check_fp32":
+                found |= {f"{keyword.arg.replace('_', ' ')} of {{}}" for keyword in node.keywords}
+    return found - {"{} of {}"}  # of `check_fp32` itself
+
+
+def test_every_reason_is_in_the_manual():
+    """The table of docs/usage.md has every reason of the source, and no other; in it capitals and dots vary."""
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "usage.md").read_text()
+    table = page.partition("| reason | remedy |")[2].partition("\n\n")[0]
+    cells = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
+    written = {reason for cell in cells for reason in re.findall("`([^`]+)`", cell)}
+    patterns = {reason: re.sub(r"\b[A-Z]{4,}\b|\bN\b|\\\.\\\.\\\.", ".*", re.escape(reason)) for reason in written}
+    reasons = reasons_in_the_source()
+    matches = {(reason, found) for reason, pattern in patterns.items() for found in reasons if re.match(pattern, found)}
+    assert {found for _, found in matches} == reasons
+    assert {reason for reason, _ in matches} == written - {"NEURON_XTTS_DISABLE is set"}  # which the dispatcher says
+    assert DISABLE_VARIABLE == "NEURON_XTTS_DISABLE"
 
 
 OTHER_REASONS = {

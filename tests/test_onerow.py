@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2Model
 
 import neuron_xtts
 from neuron_xtts import BucketPlan
-from neuron_xtts.backends.host import kernels, onerow
+from neuron_xtts.backends.host import kernels, onerow, programs
 from neuron_xtts.backends.host.backend import CpuBackend, HostState
 from neuron_xtts.backends.host.onerow import OneRow
 from neuron_xtts.backends.neuron.verification import correlation
@@ -203,6 +203,15 @@ def test_without_torchscript(precision, monkeypatch, caplog):
             assert torch.equal(a, b)
     x, layer = torch.randn(1, 1, 16), fast._layers[0]
     assert torch.equal(product(x, layer), kernels._product(precision.replace("bf16", "fp16"))(x, layer))
+
+
+def test_without_sources(caplog):
+    """TorchScript reads source files; where they were not installed, the function runs as Python."""
+    namespace = {}
+    exec("def double(x): return 2 * x", namespace)
+    double = programs.scripted(namespace["double"])
+    assert double is namespace["double"]
+    assert "slower than it could be without TorchScript" in caplog.text
 
 
 @torch.no_grad()

@@ -60,12 +60,12 @@ class KeysAndValues(NamedTuple):
 
     @classmethod
     def split(cls, tensors: Sequence[Tensor]) -> KeysAndValues:
-        """Of all keys, then all values."""
+        """Keys and values that a graph gave or takes one after another."""
         blocks = len(tensors) // 2
         return cls(tensors[:blocks], tensors[blocks:])
 
     def together(self) -> list[Tensor]:
-        """All keys, then all values."""
+        """Keys and values as a graph takes them: all keys, then all values."""
         return [*self.keys, *self.values]
 
     def blocks(self) -> Iterable[tuple[Tensor, Tensor]]:
@@ -213,7 +213,7 @@ class Decode(Graph):
         return slots, self.trunk.heads, positions, self.trunk.channels // self.trunk.heads
 
     def in_bucket(self, *bucket: int) -> nn.Module:
-        """With the cache among its parameters."""
+        """A step that holds the cache among its parameters."""
         return StatefulDecode(self, *bucket)
 
 
@@ -234,7 +234,7 @@ class StatefulDecode(nn.Module):
         self.states = nn.ParameterList(states)
 
     def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        """As `Decode.forward`: latents, logits, then the cache."""
+        """Run one step as `Decode.forward` does; returns latents, logits, then the cache."""
         cache = [state.clone() for state in self.states]
         return (*self.decode(embeds, positions, mask, *cache), *cache)
 

@@ -96,7 +96,7 @@ class Vocoder(Graph):
         return x
 
     def lowerable(self, *, fill: bool) -> Vocoder:
-        """With plain convolutions, in a copy: weight norm does not lower."""
+        """A copy with plain convolutions, because weight norm does not lower."""
         folded = fold_weight_norm(self)
         if fill:
             fill_small_kernels(folded)

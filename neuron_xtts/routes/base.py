@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Generic, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from neuron_xtts.coqui.surface import Xtts
+from neuron_xtts.errors import Fallback
 from neuron_xtts.routes.memo import AudioMemo, LatentsMemo, VoiceMemo
 from neuron_xtts.runner import Runner
 
@@ -55,6 +57,13 @@ class HandedOver(Generic[Result]):
     result: Result
 
 
+def check_fp32(**tensors: Tensor) -> None:
+    """Raise `Fallback` unless every tensor is in fp32, with its name, in which ``_`` stands for a space."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise Fallback(f"{name.replace('_', ' ')} of {tensor.dtype}")
+
+
 def as_it_is(context: Context, method: Method) -> Method:
     """coqui-tts's own method, without further ado."""
     return method
@@ -81,7 +90,7 @@ class Route:
 
     @property
     def name(self) -> str:
-        """As reports and errors write it, such as ``GPT.generate``."""
+        """The route as reports and errors write it, such as ``GPT.generate``."""
         return f"{OWNERS[self.owner]}.{self.method}"
 
     def module(self, xtts: Any) -> nn.Module:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from neuron_xtts.errors import Fallback
-from neuron_xtts.routes.base import Context
+from neuron_xtts.routes.base import Context, check_fp32
 
 
 def get_style_emb(context: Context, cond_input: Tensor, return_latent: bool = False) -> Tensor:
@@ -30,8 +30,7 @@ def get_style_emb(context: Context, cond_input: Tensor, return_latent: bool = Fa
     mel = cond_input.squeeze(1) if cond_input.ndim == 4 else cond_input
     if mel.ndim != 3:
         raise Fallback(f"a spectrogram of {mel.ndim} dimensions")
-    if mel.dtype != torch.float32:
-        raise Fallback(f"a spectrogram of {mel.dtype}")
+    check_fp32(a_spectrogram=mel)
     bucket = runner.buckets.choose("conditioning", mel.shape[2])
     rows = [runner.run("conditioning", bucket, bucket[0], row)[0] for row in torch.split(mel, 1)]
     latents = torch.cat(rows)

@@ -12,8 +12,7 @@ from neuron_xtts.coqui.embeddings import embed_prefix
 from neuron_xtts.decoding.batch import Batch, decode
 from neuron_xtts.decoding.row import Generation
 from neuron_xtts.decoding.sampling import Sampling
-from neuron_xtts.errors import Fallback
-from neuron_xtts.routes.base import Context
+from neuron_xtts.routes.base import Context, check_fp32
 
 
 @torch.no_grad()
@@ -33,8 +32,7 @@ def generate(context: Context, cond_latents: Tensor, text_inputs: Tensor, **kwar
     runner, gpt = context.runner, context.runner.networks.gpt
     sampling = Sampling.parse(kwargs, gpt.gpt_inference.generation_config, gpt.max_gen_mel_tokens)
     check(context)
-    if cond_latents.dtype != torch.float32:
-        raise Fallback(f"conditioning latents of {cond_latents.dtype}")
+    check_fp32(conditioning_latents=cond_latents)
     prefix = embed_prefix(gpt, cond_latents, text_inputs)  # (B, P, D), the start code last
     generation = start(context, sampling, prefix)
     batch = Batch(runner, len(generation.rows), prefix.shape[1])

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from neuron_xtts.coqui.embeddings import embed_text
 from neuron_xtts.coqui.surface import Gpt
 from neuron_xtts.errors import Fallback
-from neuron_xtts.routes.base import Context, HandedOver
+from neuron_xtts.routes.base import Context, HandedOver, check_fp32
 from neuron_xtts.runner import Runner
 
 # GPT.forward counts this many positions more than it has codes, pads with stop tokens up to there and cuts the result
@@ -60,8 +60,7 @@ def forward(
         raise Fallback("no conditioning latents")
     if torch.is_grad_enabled():
         raise Fallback("gradients are on")
-    if cond_latents.dtype != torch.float32:
-        raise Fallback(f"conditioning latents of {cond_latents.dtype}")
+    check_fp32(conditioning_latents=cond_latents)
     runner.check_state("latents")
     text, codes = layout(gpt, text_inputs, text_lengths, audio_codes, wav_lengths)
     if codes.shape[1] + _TAIL > gpt.mel_pos_embedding.emb.num_embeddings:

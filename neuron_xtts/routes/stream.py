@@ -13,7 +13,7 @@ from neuron_xtts.coqui.embeddings import embed_start
 from neuron_xtts.decoding.batch import Batch, Step, decode
 from neuron_xtts.decoding.sampling import Sampling
 from neuron_xtts.errors import Fallback
-from neuron_xtts.routes.base import Context, Method
+from neuron_xtts.routes.base import Context, Method, check_fp32
 from neuron_xtts.routes.generate import check, start
 
 
@@ -39,8 +39,7 @@ def get_generator(context: Context, fake_inputs: Tensor, **kwargs: Any) -> Itera
         raise Fallback("a stream of several rows")
     if prefix is None or prefix.shape[:2] != (1, fake_inputs.shape[1] - 1):
         raise Fallback("ids that do not fit the prefix on the model")
-    if prefix.dtype != torch.float32:
-        raise Fallback(f"a prefix of {prefix.dtype}")
+    check_fp32(a_prefix=prefix)
     # coqui-tts draws in a stream even if it was asked not to sample.
     return _steps(context, replace(sampling, draws=True), torch.cat([prefix, embed_start(gpt, 1)], dim=1))
 

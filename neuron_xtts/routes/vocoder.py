@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from neuron_xtts.coqui.surface import HifiDecoder
 from neuron_xtts.coqui.weights import stamp, tensors_of
 from neuron_xtts.errors import Fallback
-from neuron_xtts.routes.base import Context, HandedOver
+from neuron_xtts.routes.base import Context, HandedOver, check_fp32
 from neuron_xtts.runner import Runner
 
 
@@ -50,9 +50,7 @@ def _vocode(context: Context, latents: Tensor, speaker: Tensor | None) -> Tensor
         raise Fallback(f"latents of {latents.ndim} dimensions")
     if speaker is None or speaker.ndim != 3 or speaker.shape[0] not in (1, latents.shape[0]):
         raise Fallback("a speaker embedding that is not one per row")
-    for name, tensor in {"latents": latents, "speaker embedding": speaker}.items():
-        if tensor.dtype != torch.float32:
-            raise Fallback(f"{name} of {tensor.dtype}")
+    check_fp32(latents=latents, speaker_embedding=speaker)
     frames = interpolate(runner.networks.decoder, latents)  # (B, D, T)
     speakers = speaker.expand(latents.shape[0], -1, -1)
     rows = [_row(context, row[None], voice[None]) for row, voice in zip(frames, speakers, strict=True)]

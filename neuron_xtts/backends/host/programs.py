@@ -1,7 +1,7 @@
 """Functions that the host runs as TorchScript: the product of a linear layer in each kind, and the blocks of one row.
 
-Called from Python, an operator with packed weights takes 15 us before it begins; from TorchScript 6. What TorchScript
-wants of their form is said where it shows. ``PYTORCH_JIT=0`` in the environment runs them as Python, for a debugger.
+Called from Python, an operator with packed weights takes 15 us before it begins; from TorchScript 6. With
+``PYTORCH_JIT=0`` in the environment they run as Python, for a debugger.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def product_int8(reduce_range: bool) -> Callable[[Tensor, Any], Tensor]:
         reduce_range: whether to keep to 7 bits of an activation.
     """
 
-    # A default, since TorchScript sees functions, but no other values, of the function around.
+    # TorchScript closes over functions, but not over values: a default brings it in.
     def product(
         x: Tensor,
         layer: torch.classes.quantized.LinearPackedParamsBase,  # type: ignore[name-defined]
@@ -116,13 +116,13 @@ def scripted(function: Program, product: Callable[..., Tensor] | None = None) ->
     """A function in TorchScript, or, if torch, which gives it up, has it no more, the function itself.
 
     Args:
-        function: in Python; its source file must be there.
-        product: of a function that is generic, what it was made of, whose second parameter says what ``Layer`` is.
+        function: in Python; without its source file, too, it stays as it is.
+        product: where ``function`` is generic, the product that it was made with: its ``layer`` is ``Layer``.
     """
     try:
         typed = cast(FunctionType, function)
         if product is not None:
-            # TorchScript looks for types among a function's globals.
+            # TorchScript looks for the types of parameters among a function's globals.
             layer = inspect.get_annotations(product, eval_str=True)["layer"]
             names = {**typed.__globals__, "Layer": layer}
             typed = FunctionType(typed.__code__, names, typed.__name__, typed.__defaults__, typed.__closure__)

@@ -149,7 +149,7 @@ class Program:
         return 2 * output * per_output // math.prod(self._window(name, "lhs_dilate"))
 
     def bytes(self) -> int:
-        """Of the entry computation's parameters and results."""
+        """Bytes of the entry computation's parameters and results."""
         ends = [name for name in self._entry if self.opcodes[name] == "parameter"] + self._entry[-1:]
         return sum(_bytes(self.types[name]) for name in ends)
 
@@ -201,7 +201,7 @@ def _elements(type_: str) -> int:
 
 
 def _bytes(type_: str) -> int:
-    """Of a type such as ``f32[4,8]{1,0}`` or a tuple of them; ``pred`` takes a byte, the others say their bits."""
+    """Bytes of a type such as ``f32[4,8]{1,0}`` or a tuple of them; ``pred`` takes one, the others say their bits."""
     return sum(
         int(bits or 8) // 8 * math.prod(int(size) for size in shape.split(",") if size)
         for bits, shape in re.findall(r"\b[a-z]+(\d*)[a-z\d]*\[([\d,]*)\]", type_)

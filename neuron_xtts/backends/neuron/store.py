@@ -82,7 +82,7 @@ class Recipe:
         return cls(**{**data, **sequences})
 
     def plain(self) -> dict[str, Any]:
-        """As JSON would return it."""
+        """The recipe as JSON would return it."""
         data: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return data
 
