@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -45,7 +45,7 @@ class Runner:
         self.buckets = Buckets(self.backend.plan, self.backend.unavailable)
         self.counters = RunCounters()
         families = {CATALOGUE[name].family for name in graphs}
-        self._made_of = {family: _identities(RECOGNISERS[family].made_of(networks)) for family in families}
+        self._identities = {family: RECOGNISERS[family].identity(networks) for family in families}
 
     def require(self, *graphs: str) -> None:
         """Raise `Fallback` unless these graphs are to be had, made of the modules that the model has now."""
@@ -55,7 +55,7 @@ class Runner:
             if graph in self._unfit:
                 raise Fallback(self._unfit[graph])
             family = CATALOGUE[graph].family
-            if _identities(RECOGNISERS[family].made_of(self.networks)) != self._made_of[family]:
+            if RECOGNISERS[family].identity(self.networks) != self._identities[family]:
                 raise Fallback("the model's modules were replaced after patch()")
             self.backend.check(graph)
 
@@ -100,7 +100,3 @@ def check_windows(plan: BucketPlan, halo: int) -> None:
             f"BucketPlan.vocoder has a window of {min(plan.vocoder)} frames; this vocoder needs more than "
             f"{2 * halo}, because {halo} on either side are halo"
         )
-
-
-def _identities(objects: Iterable[object]) -> list[int]:
-    return [id(found) for found in objects]

@@ -36,6 +36,10 @@ class Recogniser:
     made_of: Callable[[Networks], Sequence[object]]
     check_state: Callable[[Networks], None]
 
+    def identity(self, networks: Networks) -> tuple[int, ...]:
+        """What changes when one of the objects that graphs were made of is replaced."""
+        return tuple(map(id, self.made_of(networks)))
+
 
 def make_graphs(networks: Networks) -> tuple[dict[str, Graph], dict[str, str]]:
     """The graphs of a model over its own modules, and, for those that it does not fit, the reason.

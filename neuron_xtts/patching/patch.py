@@ -29,14 +29,14 @@ class Patch:
     """
 
     def __init__(self, xtts: Xtts, options: Options, *, strict: bool, voice_cache: int) -> None:
-        runner = self.runner = Runner(Networks.of(xtts), options.make_backend)
+        # Before anything is put in place, everything that may fail is done.
+        self._installations = {route.name: Installation(route.module(xtts), route.method) for route in ROUTES}
         voices = {route.name: VoiceMemo(voice_cache) for route in ROUTES if route.kind is Kind.REMEMBERED}
+        runner = self.runner = Runner(Networks.of(xtts), options.make_backend)
         context = Context(runner, weakref.ref(xtts), LatentsMemo(), AudioMemo(runner.halo), voices)
         self.dispatcher = Dispatcher(context, strict=strict)
-        self._installations = {
-            route.name: Installation(route.module(xtts), route.method, partial(self.dispatcher.answer, route), self)
-            for route in ROUTES
-        }
+        for route in ROUTES:
+            self._installations[route.name].install(partial(self.dispatcher.answer, route), owner=self)
 
     @property
     def installed(self) -> int:

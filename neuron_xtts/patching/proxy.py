@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 _ABSENT = object()
 
+Handler = Callable[..., Any]
+
 
 class RouteProxy(wrapt.FunctionWrapper):  # type: ignore[type-arg]  # not subscriptable before wrapt 2.1
     """Stands for a bound method of one module and hands its calls to a route.
@@ -44,30 +46,44 @@ class RouteProxy(wrapt.FunctionWrapper):  # type: ignore[type-arg]  # not subscr
 
 
 class Installation:
-    """One proxy on one method of one module, and the way back. It does not keep the module alive."""
+    """A proxy on one method of one module, and the way back. It does not keep the module alive.
 
-    def __init__(self, module: nn.Module, method: str, handler: Callable[..., Any], owner: Any = None) -> None:
-        """Install the proxy.
+    Args:
+        module: the module whose method is to be routed.
+        method: its name.
+    """
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        self._module = weakref.ref(module)
+        self._proxy: weakref.ref[RouteProxy] | None = None
+        self.method = method
+        self.enabled = False
+
+    def install(self, handler: Handler, owner: object = None) -> Installation:
+        """Put the proxy in place.
 
         Args:
-            module: the module whose method is routed.
-            method: its name.
             handler: ``handler(wrapped, args, kwargs)``, called instead of the method.
             owner: kept alive as long as the proxy is.
+
+        Returns:
+            itself.
         """
-        self._module = weakref.ref(module)
-        self.method = method
-        self.enabled = True
+        module = self._module()
+        if module is None:
+            raise ReferenceError(f"the module whose {self.method} is to be routed is gone")
 
         def wrapper(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return handler(wrapped, args, kwargs) if self.enabled else wrapped(*args, **kwargs)
 
-        proxy = RouteProxy(getattr(module, method), wrapper)
+        proxy = RouteProxy(getattr(module, self.method), wrapper)
         proxy._self_owner = owner
-        proxy._self_previous = module.__dict__.get(method, _ABSENT)
+        proxy._self_previous = module.__dict__.get(self.method, _ABSENT)
         self._proxy = weakref.ref(proxy)
+        self.enabled = True
         # Not setattr: nn.Module.__setattr__ looks at types, and a proxy answers for the type it stands for.
-        module.__dict__[method] = proxy
+        module.__dict__[self.method] = proxy
+        return self
 
     def is_on(self, modules: Collection[int]) -> bool:
         """Whether a module, by its ``id``, has the method, and a call of it arrives here, or through a wrapper."""
@@ -77,9 +93,10 @@ class Installation:
     def remove(self) -> None:
         """Put back what was there before. Whatever somebody put on top stays, and finds the proxy switched off."""
         self.enabled = False
-        module, proxy = self._module(), self._proxy()
-        if module is None:
+        module = self._module()
+        if module is None or self._proxy is None:
             return
+        proxy = self._proxy()
         current = module.__dict__.get(self.method, _ABSENT)
         if current is _ABSENT:
             return
@@ -90,7 +107,7 @@ class Installation:
                 type(module).__name__,
                 self.method,
             )
-        elif proxy._self_previous is _ABSENT:
+        elif proxy is None or proxy._self_previous is _ABSENT:
             del module.__dict__[self.method]
         else:
             module.__dict__[self.method] = proxy._self_previous

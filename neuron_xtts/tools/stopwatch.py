@@ -35,7 +35,7 @@ class Stopwatch:
 
     def __enter__(self) -> Stopwatch:
         self._installations = [
-            Installation(module, method, partial(self._time, stage))
+            Installation(module, method).install(partial(self._time, stage))
             for stage, (module, method) in self._methods.items()
         ]
         return self

@@ -66,7 +66,7 @@ def stream(xtts: Any, voice: Voice, *, codes: int, size: int) -> Stream:
         return audio
 
     torch.manual_seed(1000 * size + codes)  # what begins alike would share audio
-    installation = Installation(xtts.hifigan_decoder, "forward", vocode)
+    installation = Installation(xtts.hifigan_decoder, "forward").install(vocode)
     try:
         last = time.perf_counter()
         for chunk in xtts.inference_stream(
