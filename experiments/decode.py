@@ -23,7 +23,7 @@ import neuron_xtts
 from neuron_xtts.coqui.models import SENTENCES
 from neuron_xtts.precision import HOST_PRECISIONS
 from neuron_xtts.tables import table
-from neuron_xtts.tools.bench import PLAIN, prepare
+from neuron_xtts.tools.bench import PLAIN, Voice, prepare
 
 KINDS = ("linear layers", "attention")
 PROFILED = 40
@@ -43,7 +43,7 @@ def kind(name: str, shapes: list[list[int]], heads: int) -> str:
     return "linear layers" if name in _LINEAR else ""
 
 
-def codes(xtts: Any, voice: tuple[Any, Any], count: int, tick: Callable[[], None]) -> None:
+def codes(xtts: Any, voice: Voice, count: int, tick: Callable[[], None]) -> None:
     """Make ``count`` codes; ``tick`` comes with each."""
     hook = xtts.gpt.mel_embedding.register_forward_hook(lambda *_: tick())
     torch.manual_seed(count)
@@ -53,8 +53,8 @@ def codes(xtts: Any, voice: tuple[Any, Any], count: int, tick: Callable[[], None
         hook.remove()
 
 
-def measure(xtts: Any, voice: tuple[Any, Any], count: int) -> dict[str, float]:
-    """Milliseconds of a code by kind, and all of it."""
+def measure(xtts: Any, voice: Voice, count: int) -> dict[str, float]:
+    """Milliseconds that one of ``count`` codes takes: by kind of operator, and altogether."""
     middle = 2 + count // 2
     profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
     ticks: list[float] = []

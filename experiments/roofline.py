@@ -122,11 +122,11 @@ class Cost:
     written: int  # of the KV cache: one position of every row, in place
 
     def traffic(self, precision: Precision) -> float:
-        """Bytes through memory."""
+        """Bytes that go through memory."""
         return self.weights * precision.weight / FP32 + self.moved + self.state + self.written
 
     def bounds(self, chip: Chip, precision: Precision) -> tuple[float, float]:
-        """Milliseconds on one core: by memory, and by arithmetic."""
+        """Milliseconds of one run on one core, if memory bounds it, and if arithmetic does."""
         by_memory = 1e3 * self.traffic(precision) / (1e9 * chip.core("bandwidth"))
         return by_memory, 1e3 * self.flops / (1e12 * chip.core(precision.products))
 
@@ -169,18 +169,18 @@ class Predictor:
     precision: Precision  # of the transformer; the others stay in fp32, as in the precision "bf16" of neuron_xtts
 
     def run(self, graph: str, bucket: Bucket) -> float:
-        """One run of a graph."""
+        """Milliseconds of one run of a graph."""
         precision = self.precision if CATALOGUE[graph].family == "transformer" else EXACT
         return max(self.costs.of(graph, bucket).bounds(self.chip, precision))
 
     def decode(self, prefix: int, codes: int, rows: int = 1) -> float:
-        """The steps up to ``codes``: all but the first."""
+        """Milliseconds of the decode steps of ``codes`` codes: all but the first, which prefill gives."""
         choose = Buckets(self.plan, {}).choose
         steps = Counter(choose("decode", rows, prefix + step) for step in range(1, codes))
         return sum(number * self.run("decode", bucket) for bucket, number in steps.items())
 
     def parts(self, prefix: int, codes: int) -> tuple[float, float, float]:
-        """Prefill, which gives the first code, decoding, and the vocoder."""
+        """Milliseconds of prefill, which gives the first code, of decoding, and of the vocoder."""
         prefill = self.run("prefill", Buckets(self.plan, {}).choose("prefill", prefix))
         vocoder = sum(self.run("vocoder", (size,)) for size in windows(codes, self.plan.vocoder))
         return prefill, self.decode(prefix, codes), vocoder
@@ -199,7 +199,7 @@ def windows(codes: int, sizes: Sequence[int]) -> list[int]:
 
 
 def chips() -> str:
-    """The constants, with their source."""
+    """A table of the chips, with the source of each."""
     rows, figures = [], ("fp32", "bf16", "bandwidth", "memory")
     for chip in CHIPS:
         shares = (f"{chip.core(figure):.4g} of {getattr(chip, figure):g}" for figure in figures)
@@ -208,7 +208,7 @@ def chips() -> str:
 
 
 def rooflines(costs: Costs, chip: Chip) -> str:
-    """Every graph of the file and two more, in the precisions that they can have."""
+    """A table of every graph of the file and two more, in the precisions that they can have."""
     named = {f"{graph} {bucket_name(bucket)}": costs.of(graph, bucket) for graph, bucket in costs.flops}
     longest = costs.of("decode", (1, 1044))
     named["decode 1x1044, cache copied"] = replace(longest, written=longest.state)
@@ -224,7 +224,7 @@ def rooflines(costs: Costs, chip: Chip) -> str:
 
 
 def sentence_table(costs: Costs, prefix: int, codes: int) -> str:
-    """A row for each chip and precision, with the default plan."""
+    """What a sentence takes with the default plan: a table with a row for each chip and precision."""
     rows, seconds = [], seconds_of(codes)
     for chip, precision in product(CHIPS, PRECISIONS):
         predictor = Predictor(costs, chip, DEFAULT, precision)
@@ -260,7 +260,7 @@ def memory(plan: BucketPlan, costs: Costs, precision: Precision) -> float:
 
 
 def plan_table(costs: Costs, precision: Precision) -> str:
-    """A row for each plan, on one core of the first chip."""
+    """What plans cost and gain: a table with a row for each, on one core of the first chip."""
     rows, limit = [], CHIPS[0].core("memory")
     for plan in PLANS:
         predictor = Predictor(costs, CHIPS[0], plan, precision)

@@ -19,6 +19,7 @@ from neuron_xtts.backends.neuron.store import MANIFEST, MODEL, Store
 from neuron_xtts.errors import ArtifactError, Fallback
 from neuron_xtts.graphs.operators import MASKED
 from neuron_xtts.tools import demo
+from neuron_xtts.tools.bench import accuracy as accuracy_module
 from neuron_xtts.tools.bench import sentence as sentence_module
 from neuron_xtts.tools.bench import stream as stream_module
 from neuron_xtts.tools.bench.methods import bench_methods
@@ -505,7 +506,7 @@ def test_the_demo(neuron, compiled, small_plan, tmp_path):
 
 def test_the_benchmarks(neuron, compiled, small_plan, monkeypatch):
     """As on the host; what falls back is not passed off as Neuron's."""
-    for module in (sentence_module, stream_module):
+    for module in (accuracy_module, sentence_module, stream_module):
         monkeypatch.setattr(module, "SENTENCES", ("a short one.",))
     options = {"backend": "neuron", "store": compiled, "buckets": small_plan}
     streams = bench_stream(lengths=(20,), size=10, rounds=1, small=True, options=options)

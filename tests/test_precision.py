@@ -15,7 +15,7 @@ from neuron_xtts.backends.neuron.verification import correlation
 from neuron_xtts.coqui.models import random_tts
 from neuron_xtts.graphs.vocoder import Vocoder
 from neuron_xtts.patching.patch import find_patch
-from neuron_xtts.tools.bench.sentence import accuracy, magnitudes, snr
+from neuron_xtts.tools.bench.accuracy import accuracy, magnitudes, snr
 
 pytestmark = pytest.mark.skipif(
     "fbgemm" not in torch.backends.quantized.supported_engines, reason="torch has FBGEMM for x86 only"

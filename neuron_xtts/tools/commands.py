@@ -4,37 +4,33 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
+import neuron_xtts
+from neuron_xtts.backends.neuron.compiler import lower_all
+from neuron_xtts.backends.neuron.lowering import Lowering, frontend
 from neuron_xtts.backends.neuron.store import Store
-from neuron_xtts.buckets import BucketPlan, bucket_name
-from neuron_xtts.errors import NeuronMissingError, NeuronXttsError
-from neuron_xtts.options import PatchOptions
-from neuron_xtts.precision import Precision
+from neuron_xtts.buckets import BucketPlan
+from neuron_xtts.coqui.models import SENTENCES, load_or_make
+from neuron_xtts.coqui.recognise import make_graphs
+from neuron_xtts.coqui.surface import Networks
+from neuron_xtts.errors import NeuronMissingError
+from neuron_xtts.options import Options, PatchOptions
+from neuron_xtts.precision import HOST_PRECISIONS, NEURON_PRECISIONS, Precision
 from neuron_xtts.tables import table
-
-
-def _plan(arguments: argparse.Namespace) -> BucketPlan:
-    return replace(BucketPlan.static(), **dict(arguments.sizes))
-
-
-def _precision(arguments: argparse.Namespace) -> Precision:
-    return Precision(arguments.precision, dict(arguments.compiler_args))
+from neuron_xtts.tools import demo
+from neuron_xtts.tools.bench import Results, methods, sentence, stream
+from neuron_xtts.tools.doctor import examine
+from neuron_xtts.tools.inventory import listing, remove, take_inventory, unusable
 
 
 def run_demo(arguments: argparse.Namespace) -> int:
     """Speak one sentence with plain coqui-tts and patched."""
-    import transformers
-
-    from neuron_xtts.coqui.models import SENTENCES
-    from neuron_xtts.tools import demo
-
-    transformers.logging.set_verbosity_error()  # a line for every max_new_tokens would break the progress bars
+    _quieten()
     print(
         demo.run(
             arguments.out,
@@ -51,43 +47,10 @@ def run_demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _patch_options(arguments: argparse.Namespace) -> PatchOptions:
-    return {
-        "backend": arguments.backend,
-        "precision": _precision(arguments),
-        "buckets": _plan(arguments) if arguments.sizes else None,
-        "store": arguments.store,
-    }
-
-
 def run_bench(arguments: argparse.Namespace) -> int:
     """Measure patched against unpatched coqui-tts."""
-    import transformers
-
-    from neuron_xtts.options import Options
-    from neuron_xtts.precision import HOST_PRECISIONS, NEURON_PRECISIONS
-    from neuron_xtts.tools.bench import Results
-    from neuron_xtts.tools.bench.methods import bench_methods
-    from neuron_xtts.tools.bench.sentence import bench_sentence
-    from neuron_xtts.tools.bench.stream import bench_stream
-
-    transformers.logging.set_verbosity_error()
-    options = _patch_options(arguments)
-    on_host = Options.make(**options, to_run=True).neuron is None
-    precisions = arguments.precisions or (HOST_PRECISIONS if on_host else NEURON_PRECISIONS)
-    common: dict[str, Any] = {"small": arguments.small, "checkpoint": arguments.checkpoint, "options": options}
-    results: Results
-    if arguments.what == "stream":
-        lengths = arguments.codes or (100, 300, 600)
-        results = bench_stream(lengths=lengths, size=arguments.chunk, rounds=arguments.rounds, **common)
-    else:
-        del options["precision"]
-        common["precisions"] = precisions
-        if arguments.what == "methods":
-            results = bench_methods(iterations=arguments.iterations, warm_up=arguments.warm_up, **common)
-        else:
-            lengths = arguments.codes or (50, 100, 200, 400)
-            results = bench_sentence(lengths=lengths, rounds=arguments.rounds, memory=on_host, **common)
+    _quieten()
+    results = _measure(arguments)
     print(results)
     if arguments.json:
         arguments.json.write_text(json.dumps(results.to_dict(), indent=2) + "\n")
@@ -98,11 +61,41 @@ def run_bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _measure(arguments: argparse.Namespace) -> Results:
+    options, small, checkpoint = _patch_options(arguments), arguments.small, arguments.checkpoint
+    on_host = Options.make(**options, to_run=True).neuron is None
+    if arguments.what == "stream":
+        return stream.bench_stream(
+            lengths=arguments.codes or stream.LENGTHS,
+            size=arguments.chunk,
+            rounds=arguments.rounds,
+            small=small,
+            checkpoint=checkpoint,
+            options=options,
+        )
+    precisions = arguments.precisions or (HOST_PRECISIONS if on_host else NEURON_PRECISIONS)
+    if arguments.what == "methods":
+        return methods.bench_methods(
+            iterations=arguments.iterations,
+            warm_up=arguments.warm_up,
+            precisions=precisions,
+            small=small,
+            checkpoint=checkpoint,
+            options=options,
+        )
+    return sentence.bench_sentence(
+        lengths=arguments.codes or sentence.LENGTHS,
+        rounds=arguments.rounds,
+        precisions=precisions,
+        small=small,
+        checkpoint=checkpoint,
+        memory=on_host,
+        options=options,
+    )
+
+
 def run_compile(arguments: argparse.Namespace) -> int:
     """Compile graphs into the store."""
-    import neuron_xtts
-    from neuron_xtts.coqui.models import load_or_make
-
     summary = neuron_xtts.compile(
         load_or_make(arguments.checkpoint, arguments.small),
         backend="neuron",
@@ -119,70 +112,27 @@ def run_compile(arguments: argparse.Namespace) -> int:
 
 def run_graphs(arguments: argparse.Namespace) -> int:
     """List, verify or prune the store, or lower graphs."""
-    store = Store(arguments.store)
     if arguments.lower:
         return _lower(arguments)
+    store = Store(arguments.store)
     if arguments.prune:
-        return _prune(store, arguments.prune == "stale")
-    rows, faults = [], 0
-    for artifact in store:
-        state = artifact.quarantined or ("verified" if artifact.manifest["verification"] else "not verified yet")
-        if arguments.verify:
-            try:
-                artifact.check()
-            except NeuronXttsError as error:
-                state, faults = str(error), faults + 1
-        rows.append(artifact.manifest | {"folder": str(artifact.folder), "state": state})
-    if arguments.json:
-        print(json.dumps(rows, indent=2))
-        return 1 if faults else 0
-    header = ("graph", "bucket", "precision", "target", "neuronx-cc", "weights", "MB", "state")
-    lines = []
-    for row in rows:
-        recipe = row["recipe"]
-        identity = (recipe["graph"], bucket_name(recipe["bucket"]), recipe["precision"], recipe["target"])
-        origin = (recipe["versions"]["neuronx-cc"], recipe["weights"][:8])
-        lines.append((*identity, *origin, f"{row['bytes'] / 1e6:.1f}", row["state"]))
-    print(f"{store.root}: {len(rows)} artifacts, {sum(row['bytes'] for row in rows) / 1e9:.2f} GB\n")
-    print(table(header, lines))
-    return 1 if faults else 0
+        return _prune(store, stale=arguments.prune == "stale")
+    items = take_inventory(store, verify=arguments.verify)
+    print(json.dumps([item.to_dict() for item in items], indent=2) if arguments.json else listing(store, items))
+    return 1 if any(item.fault for item in items) else 0
 
 
-def _prune(store: Store, stale: bool) -> int:
-    from neuron_xtts.backends.neuron.device import find_neuron
-    from neuron_xtts.backends.neuron.source import source_digest
-    from neuron_xtts.graphs.catalogue import CATALOGUE
-
-    installed = find_neuron().versions
-
-    def is_stale(recipe: dict[str, Any]) -> bool:
-        versions = {name: recipe["versions"][name] for name in ("torch-neuronx", "neuronx-cc")}
-        known = recipe["graph"] in CATALOGUE
-        return bool(
-            not known
-            or recipe["source"] != source_digest(recipe["graph"])
-            or any(installed.get(name) != v for name, v in versions.items())
-        )
-
-    doomed = list(store.leftovers())
-    doomed += [a.folder for a in store if a.quarantined or (stale and is_stale(a.manifest["recipe"]))]
+def _prune(store: Store, *, stale: bool) -> int:
     freed = 0
-    for folder in doomed:
-        freed += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder in unusable(store, stale=stale):
+        freed += remove(folder)
         print(f"removed {folder}")
     print(f"{freed / 1e9:.2f} GB freed")
     return 0
 
 
 def _lower(arguments: argparse.Namespace) -> int:
-    from neuron_xtts.backends.neuron.compiler import lower_all
-    from neuron_xtts.backends.neuron.lowering import frontend
-    from neuron_xtts.coqui.models import load_or_make
-    from neuron_xtts.coqui.recognise import make_graphs
-    from neuron_xtts.coqui.surface import Networks
-
-    frontend()
+    frontend()  # before a model is made: it may not be installed
     xtts = load_or_make(arguments.checkpoint, arguments.small).synthesizer.tts_model
     graphs, missing = make_graphs(Networks.of(xtts))
     with tempfile.TemporaryDirectory() as scratch:
@@ -190,34 +140,30 @@ def _lower(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([asdict(lowering) for lowering in lowered], indent=2))
     else:
-        rows = [
-            (
-                lowering.graph,
-                lowering.bucket,
-                str(sum(lowering.operators.values())),
-                f"{lowering.flops / 1e9:.2f}",
-                f"{lowering.bytes / 1e6:.1f}",
-                "; ".join(lowering.problems) or "none",
-            )
-            for lowering in lowered
-        ]
-        print(table(("graph", "bucket", "operators", "GFLOP", "MB", "unlowered, disconnected or rejected"), rows))
+        print(_lowering_table(lowered))
     for graph, reason in missing.items():
         print(f"no {graph} graph: {reason}", file=sys.stderr)
     return 0 if lowered and not missing and not any(lowering.problems for lowering in lowered) else 1
 
 
+def _lowering_table(lowered: Sequence[Lowering]) -> str:
+    rows = [
+        (
+            lowering.graph,
+            lowering.bucket,
+            str(sum(lowering.operators.values())),
+            f"{lowering.flops / 1e9:.2f}",
+            f"{lowering.bytes / 1e6:.1f}",
+            "; ".join(lowering.problems) or "none",
+        )
+        for lowering in lowered
+    ]
+    return table(("graph", "bucket", "operators", "GFLOP", "MB", "unlowered, disconnected or rejected"), rows)
+
+
 def run_doctor(arguments: argparse.Namespace) -> int:
     """Print what a bug report needs."""
-    from neuron_xtts.coqui.models import load_or_make
-    from neuron_xtts.options import Options
-    from neuron_xtts.tools.doctor import examine
-
-    precision, plan = _precision(arguments), _plan(arguments)
-    try:
-        options = Options.make("auto", precision, plan, arguments.store, to_run=False, target=arguments.target)
-    except NeuronMissingError:  # which is among the problems
-        options = Options.make("cpu", "fp32", plan, arguments.store, to_run=False)
+    options = _options_to_examine(arguments)
     model = None
     if arguments.checkpoint or arguments.small:
         model = load_or_make(arguments.checkpoint, arguments.small).synthesizer.tts_model
@@ -225,3 +171,35 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     print(text)
     print("\nno problems found" if not problems else "\nproblems:\n" + "\n".join(f"* {p}" for p in problems))
     return 1 if problems else 0
+
+
+def _options_to_examine(arguments: argparse.Namespace) -> Options:
+    precision, plan = _precision(arguments), _plan(arguments)
+    try:
+        return Options.make("auto", precision, plan, arguments.store, to_run=False, target=arguments.target)
+    except NeuronMissingError:  # which is among the problems
+        return Options.make("cpu", "fp32", plan, arguments.store, to_run=False)
+
+
+def _plan(arguments: argparse.Namespace) -> BucketPlan:
+    return replace(BucketPlan.static(), **dict(arguments.sizes))
+
+
+def _precision(arguments: argparse.Namespace) -> Precision:
+    return Precision(arguments.precision, dict(arguments.compiler_args))
+
+
+def _patch_options(arguments: argparse.Namespace) -> PatchOptions:
+    return {
+        "backend": arguments.backend,
+        "precision": _precision(arguments),
+        "buckets": _plan(arguments) if arguments.sizes else None,
+        "store": arguments.store,
+    }
+
+
+def _quieten() -> None:
+    """Keep transformers from saying something for every max_new_tokens, which would break the progress bars."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()

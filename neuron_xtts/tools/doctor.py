@@ -14,7 +14,7 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from neuron_xtts.backends.neuron.device import PACKAGES, Neuron, find_neuron
+from neuron_xtts.backends.neuron.device import OLDEST, PACKAGES, Neuron, find_neuron
 from neuron_xtts.backends.neuron.store import Store
 from neuron_xtts.buckets import bucket_name
 from neuron_xtts.coqui.find import SUPPORTED
@@ -37,12 +37,15 @@ _VARIABLES = (
 
 
 def examine(store: Store, model: Any = None, options: Options | None = None) -> tuple[str, list[str]]:
-    """Everything worth knowing, and the problems found.
+    """Look at everything that decides how this library works here.
 
     Args:
-        store: to look into.
+        store: the store to look into.
         model: an ``Xtts`` whose graphs to look for; None for none.
-        options: of the patch to look for them for.
+        options: the options of the patch that would load those graphs.
+
+    Returns:
+        what a bug report needs, as text, and the problems found, with their remedy.
     """
     neuron = find_neuron()
     problems = [*_version_problems(), *_traps()]
@@ -71,7 +74,8 @@ def _packages(neuron: Neuron) -> Iterator[tuple[str, ...]]:
         yield package, _installed(package) or "-", supported
     for package in _OTHERS:
         yield package, _installed(package) or "-", ""
-    for package, supported in zip(PACKAGES, (">=2.8", ">=2.21", ""), strict=True):
+    for package in PACKAGES:
+        supported = f">={OLDEST[package]}" if package in OLDEST else ""
         yield package, neuron.versions.get(package, "-"), supported
 
 

@@ -26,7 +26,8 @@ CORES_PER_DEVICE = {
 PACKAGES = ("torch-neuronx", "neuronx-cc", "libneuronxla")
 INDEX = "https://pip.repos.neuron.amazonaws.com"
 INSTALL = f"pip install --extra-index-url {INDEX} torch-neuronx neuronx-cc"
-_OLDEST = {"torch-neuronx": Version("2.8"), "neuronx-cc": Version("2.21")}
+#: The oldest versions that are supported. pyproject.toml says the same.
+OLDEST = {"torch-neuronx": Version("2.8"), "neuronx-cc": Version("2.21")}
 # What PyPI has under the names of the Neuron packages is empty, and of version 1.0.
 _STUB = Version("2")
 
@@ -53,7 +54,7 @@ class Neuron:
 
     def package_problems(self) -> Iterator[str]:
         """What keeps the packages from compiling or running anything, with the remedy."""
-        for package, oldest in _OLDEST.items():
+        for package, oldest in OLDEST.items():
             installed = self.versions.get(package)
             if installed is None:
                 yield f"{package} is not installed: {INSTALL}"

@@ -9,27 +9,27 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import neuron_xtts
-from neuron_xtts.backends.neuron.verification import correlation
 from neuron_xtts.coqui.constants import STREAM_CHUNK, seconds_of
 from neuron_xtts.coqui.models import SENTENCES
 from neuron_xtts.options import PatchOptions
 from neuron_xtts.precision import HOST, WEIGHT_BYTES, Precision
 from neuron_xtts.tables import Table
 from neuron_xtts.tools.bench import PLAIN, Figures, Results, Voice, in_precision, machine, prepare
+from neuron_xtts.tools.bench.accuracy import Accuracy, accuracy
 from neuron_xtts.tools.bench.stream import stream
 from neuron_xtts.tools.stopwatch import Stopwatch
 
+LENGTHS = (50, 100, 200, 400)  # codes
 STAGES = ("codes", "latents", "vocoder")
 RELEASED = " released"  # what a variant is called whose fp32 weights are not kept in memory
 
@@ -78,75 +78,6 @@ def bandwidth() -> float:
         data.sum()
         seconds.append(time.perf_counter() - start)
     return data.nbytes / statistics.median(seconds)
-
-
-@dataclass
-class Accuracy:
-    """How far a precision is from coqui-tts, teacher-forced on coqui-tts's own codes.
-
-    Attributes:
-        latents: Pearson correlation of the latents.
-        snr: signal-to-noise ratio of the waveform, in dB.
-        spectrum: Pearson correlation of the magnitudes of the waveform's short-time Fourier transform (1024 points,
-            hop 256).
-        vocoder_snr: signal-to-noise ratio, in dB, of what the vocoder makes of coqui-tts's latents.
-    """
-
-    latents: float
-    snr: float
-    spectrum: float
-    vocoder_snr: float
-
-
-def snr(ours: Tensor, theirs: Tensor) -> float:
-    """Signal-to-noise ratio of a waveform in dB, where the noise is its difference from ``theirs``."""
-    return float(20 * torch.log10(theirs.norm() / (ours - theirs).norm().clamp_min(1e-30)))
-
-
-def magnitudes(wave: Tensor) -> Tensor:
-    """Magnitudes (513, frames) of a waveform's short-time Fourier transform."""
-    return torch.stft(wave.flatten(), 1024, 256, window=torch.hann_window(1024), return_complex=True).abs()
-
-
-@torch.inference_mode()
-def accuracy(
-    xtts: Any,
-    voice: Voice,
-    codes: int,
-    options: PatchOptions,
-    unpatch: Callable[[Any], object] = neuron_xtts.unpatch,
-) -> Accuracy:
-    """Compare a patch with ``options`` with coqui-tts.
-
-    Args:
-        xtts: the model, unpatched.
-        voice: conditioning latents and speaker embedding.
-        codes: how many codes the sentence has.
-        options: keyword arguments of `neuron_xtts.patch`.
-        unpatch: what ends the patch, given ``xtts``.
-    """
-    text = torch.tensor(xtts.tokenizer.encode(SENTENCES[0].lower(), lang="en"))[None]
-    torch.manual_seed(1)
-    drawn = xtts.gpt.generate(
-        voice[0], text, do_sample=True, top_k=50, top_p=0.85, temperature=0.75, repetition_penalty=10.0,
-        min_new_tokens=codes, max_new_tokens=codes,
-    )  # fmt: skip
-    lengths = torch.tensor([text.shape[1]]), torch.tensor([drawn.shape[1] * xtts.gpt.code_stride_len])
-
-    def forward() -> Tensor:
-        latents: Tensor = xtts.gpt(text, lengths[0], drawn, lengths[1], cond_latents=voice[0], return_latent=True)
-        return latents
-
-    theirs = forward()
-    wave = xtts.hifigan_decoder(theirs, g=voice[1])
-    neuron_xtts.patch(xtts, **options)
-    try:
-        ours = forward()
-        our_wave, vocoded = (xtts.hifigan_decoder(latents, g=voice[1]) for latents in (ours, theirs))
-    finally:
-        unpatch(xtts)
-    spectrum = correlation(magnitudes(our_wave), magnitudes(wave))
-    return Accuracy(correlation(ours, theirs), snr(our_wave, wave), spectrum, snr(vocoded, wave))
 
 
 def peak_memory(precision: str, codes: int, small: bool) -> int:
@@ -215,22 +146,28 @@ class SentenceResults(Results):
     def tables(self) -> list[Table]:
         """Tables of speed, one for each length, then of first audio, accuracy and memory."""
         tables = [self._speed(codes) for codes in self.samples]
+        tables += [self._first_audio(), self._accuracy()]
+        if self.memory:
+            tables.append(self._memory())
+        return tables
+
+    def _first_audio(self) -> Table:
         first = {variant: statistics.median(seconds) for variant, seconds in self.first_audio.items()}
-        rows: list[tuple[str, ...]] = [
-            (name, f"{1e3 * seconds:.0f} ms", f"{first[PLAIN] / seconds:.2f}x") for name, seconds in first.items()
-        ]
-        tables.append(((f"TTFA, first chunk of {STREAM_CHUNK} codes", "", "faster"), rows))
+        rows = [(name, f"{1e3 * seconds:.0f} ms", f"{first[PLAIN] / seconds:.2f}x") for name, seconds in first.items()]
+        return (f"TTFA, first chunk of {STREAM_CHUNK} codes", "", "faster"), rows
+
+    def _accuracy(self) -> Table:
         rows = [
             (name, f"{a.latents:.6f}", f"{a.snr:.1f} dB", f"{a.spectrum:.6f}", f"{a.vocoder_snr:.1f} dB",
              f"{statistics.median(self.patching[name]):.1f} s")
             for name, a in self.accuracy.items()
         ]  # fmt: skip
-        tables.append((("precision", "latents PCC", "SNR", "STFT PCC", "SNR of vocoder", "patch"), rows))
-        if self.memory:
-            rows = [(name, f"{size / 2**20:.0f} MiB", f"{size / self.memory[PLAIN] - 1:+.1%}")
-                    for name, size in self.memory.items()]  # fmt: skip
-            tables.append((("peak memory", "", "against coqui-tts"), rows))
-        return tables
+        return ("precision", "latents PCC", "SNR", "STFT PCC", "SNR of vocoder", "patch"), rows
+
+    def _memory(self) -> Table:
+        plain = self.memory[PLAIN]
+        rows = [(name, f"{size / 2**20:.0f} MiB", f"{size / plain - 1:+.1%}") for name, size in self.memory.items()]
+        return ("peak memory", "", "against coqui-tts"), rows
 
     def _speed(self, codes: int) -> Table:
         plain = self.figures(codes, PLAIN)
@@ -267,7 +204,7 @@ class SentenceResults(Results):
 
 def bench_sentence(
     *,
-    lengths: Sequence[int] = (50, 100, 200, 400),
+    lengths: Sequence[int] = LENGTHS,
     rounds: int = 3,
     precisions: Sequence[str],
     small: bool = False,
@@ -288,8 +225,6 @@ def bench_sentence(
     """
     xtts, voice = prepare(checkpoint, small)
     variants = (PLAIN, *precisions)
-    trunk = sum(parameter.numel() for parameter in xtts.gpt.gpt.h.parameters() if parameter.ndim == 2)
-    sizes = {name: trunk * WEIGHT_BYTES[precision.linears] for name, precision in HOST.items()}
     results = SentenceResults(
         machine=machine(),
         samples={codes: {name: [] for name in variants} for codes in lengths},
@@ -297,7 +232,7 @@ def bench_sentence(
         patching={name: [] for name in precisions},
         accuracy={},
         memory={},
-        weights={PLAIN: sizes["fp32"], **sizes} if memory else {},
+        weights=_weights_read(xtts) if memory else {},
     )
     with tqdm(total=rounds * len(lengths) * len(variants), desc="sentences", unit="sentence") as bar:
         for round_ in range(rounds):
@@ -306,9 +241,7 @@ def bench_sentence(
                     start = time.perf_counter()
                     neuron_xtts.patch(xtts, **in_precision(options, variant))
                     results.patching[variant].append(time.perf_counter() - start)
-                stream(xtts, voice, codes=2, size=1)  # what torch, coqui-tts or a device set up once
-                chunks = stream(xtts, voice, codes=STREAM_CHUNK, size=STREAM_CHUNK).chunks
-                results.first_audio[variant].append(chunks[0])
+                results.first_audio[variant].append(_first_audio(xtts, voice))
                 for codes in lengths:
                     sample = {"bandwidth": bandwidth(), **speak(xtts, voice, codes)}
                     results.samples[codes][variant].append(sample)
@@ -323,6 +256,19 @@ def bench_sentence(
         released = [name + RELEASED for name in precisions if HOST[name].linears != "fp32"]
         results.memory = {name: peak_memory(name, min(lengths), small) for name in (*variants, *released)}
     return results
+
+
+def _weights_read(xtts: Any) -> dict[str, int]:
+    """Bytes of weights that a decode step reads, by variant on the host."""
+    trunk = sum(parameter.numel() for parameter in xtts.gpt.gpt.h.parameters() if parameter.ndim == 2)
+    sizes = {name: trunk * WEIGHT_BYTES[precision.linears] for name, precision in HOST.items()}
+    return {PLAIN: sizes["fp32"], **sizes}
+
+
+def _first_audio(xtts: Any, voice: Voice) -> float:
+    """Seconds to the first chunk of a stream."""
+    stream(xtts, voice, codes=2, size=1)  # what torch, coqui-tts or a device set up once
+    return stream(xtts, voice, codes=STREAM_CHUNK, size=STREAM_CHUNK).chunks[0]
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from neuron_xtts.patching.proxy import Installation
 from neuron_xtts.tables import Table
 from neuron_xtts.tools.bench import PLAIN, Figures, Results, Voice, machine, prepare
 
+LENGTHS = (100, 300, 600)  # codes
 VARIANTS = (PLAIN, "neuron_xtts")
 
 
@@ -157,7 +158,7 @@ class StreamResults(Results):
 
 def bench_stream(
     *,
-    lengths: Sequence[int] = (100, 300, 600),
+    lengths: Sequence[int] = LENGTHS,
     size: int = STREAM_CHUNK,
     rounds: int = 3,
     small: bool = False,
