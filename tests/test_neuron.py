@@ -243,7 +243,7 @@ def test_missing_graphs_are_named(xtts, voice, patch, tmp_path, caplog, small_pl
     theirs = speak(xtts, voice, max_new_tokens=12)
     with caplog.at_level(logging.WARNING, logger="neuron_xtts"):
         patch(xtts, store=tmp_path / "empty")
-    (record,) = [record for record in caplog.records if record.name == "neuron_xtts.backends.neuron"]
+    (record,) = [record for record in caplog.records if record.name == "neuron_xtts.backends.neuron.backend"]
     assert "7 of 7 graphs are not to be had" in record.getMessage()
     assert "neuron_xtts.compile(model), or neuron-xtts compile --checkpoint DIR" in record.getMessage()
     assert_identical(speak(xtts, voice, max_new_tokens=12), theirs)
