@@ -42,7 +42,7 @@ class FallbackError(NeuronXttsError, RuntimeError):
         self.reason = reason
 
 
-class Fallback(Exception):  # noqa: N818 - a signal between a route and the engine, never seen by users
+class Fallback(Exception):  # noqa: N818 - a signal between a route and the dispatcher, never seen by users
     """Says that coqui's own method must serve this call, and why."""
 
 

@@ -121,11 +121,10 @@ class Precision:
             target: one of `device.TARGETS`.
             compiler: version of neuronx-cc.
         """
-        family = CATALOGUE[graph].family
-        arguments = [f"--target={target}", f"--model-type={'transformer' if family == 'transformer' else 'generic'}"]
-        arguments += self.casts(graph)
-        if family == "vocoder" and target == "inf2":
-            arguments.append("--optlevel=1")  # at 2, long convolutions of vocoders do not fit the core's buffers
+        spec = CATALOGUE[graph]
+        arguments = [f"--target={target}", f"--model-type={spec.model_type}", *self.casts(graph)]
+        if target in spec.optlevel:
+            arguments.append(f"--optlevel={spec.optlevel[target]}")
         if Version(compiler) >= _INT64_FLAGS_SINCE:
             arguments += _INT64_FLAGS
         return (*arguments, *self.arguments.get(graph, "").split())

@@ -125,7 +125,8 @@ class Report:
         buckets: the bucket plan; None in it means exact shapes.
         routes: the counts of each route.
         graphs: the counts of each graph by bucket, such as ``graphs["decode"]["1x512"]``.
-        missing: graphs that cannot be had for this model, with the reason.
+        missing: graphs that cannot be had for this model, and buckets of others, such as ``decode 1x512``, each with
+            the reason.
         copied: bytes of weights that graphs keep in the host's memory beside the model's own.
         gone: routes that are no longer installed, because the model replaced the modules they were on.
     """

@@ -15,7 +15,7 @@ from neuron_xtts.coqui.surface import Networks
 from neuron_xtts.errors import Fallback
 from neuron_xtts.graphs.catalogue import CATALOGUE
 from neuron_xtts.graphs.operators import Graph
-from neuron_xtts.graphs.vocoder import Vocoder, receptive_field
+from neuron_xtts.graphs.vocoder import halo_of
 from neuron_xtts.report import RunCounters
 
 
@@ -37,15 +37,13 @@ class Runner:
     def __init__(self, networks: Networks, make_backend: Callable[[Mapping[str, Graph]], Backend]) -> None:
         self.networks = networks
         graphs, self._unfit = make_graphs(networks)
-        vocoder = graphs.get("vocoder")
-        self.halo = max(receptive_field(vocoder)) if isinstance(vocoder, Vocoder) else 0
+        self.halo = halo_of(graphs.values())
         self.backend = make_backend(graphs)
-        if vocoder:
-            check_windows(self.backend.plan, self.halo)
+        check_windows(self.backend.plan, self.halo)
         self.buckets = Buckets(self.backend.plan, self.backend.unavailable)
         self.counters = RunCounters()
         families = {CATALOGUE[name].family for name in graphs}
-        self._identities = {family: RECOGNISERS[family].identity(networks) for family in families}
+        self._made_of = {family: RECOGNISERS[family].made_of(networks) for family in families}
 
     def require(self, *graphs: str) -> None:
         """Raise `Fallback` unless these graphs are to be had, made of the modules that the model has now."""
@@ -55,7 +53,7 @@ class Runner:
             if graph in self._unfit:
                 raise Fallback(self._unfit[graph])
             family = CATALOGUE[graph].family
-            if RECOGNISERS[family].identity(self.networks) != self._identities[family]:
+            if not RECOGNISERS[family].still_made_of(self._made_of[family], self.networks):
                 raise Fallback("the model's modules were replaced after patch()")
             self.backend.check(graph)
 
@@ -70,9 +68,9 @@ class Runner:
         self._count(graph, bucket, start, used)
         return outputs
 
-    def new_state(self, slots: int, positions: int) -> DecodeState:
-        """The decode graph with an empty state; ``slots`` and ``positions`` are a bucket."""
-        return self.backend.new_state(slots, positions)
+    def new_state(self, slots: int, capacity: int) -> DecodeState:
+        """The decode graph with an empty state; ``slots`` and ``capacity``, in positions, are a bucket."""
+        return self.backend.new_state(slots, capacity)
 
     def step(
         self, state: DecodeState, used: int, embeds: Tensor, positions: Tensor, mask: Tensor

@@ -10,10 +10,12 @@ from TTS.tts.layers.tortoise.arch_utils import RelativePositionBias
 from TTS.tts.layers.xtts.gpt import GPT
 from TTS.tts.layers.xtts.perceiver_encoder import FeedForward, RMSNorm
 
+from neuron_xtts.backends.host.operators import HostOperators
 from neuron_xtts.coqui.recognise import conditioning_parts
 from neuron_xtts.coqui.surface import Networks
 from neuron_xtts.errors import Fallback
 from neuron_xtts.graphs.conditioning import Conditioning
+from neuron_xtts.graphs.operators import PLAIN
 
 CHUNK = 517  # mel frames of six seconds, the default of `Xtts.get_conditioning_latents`; `TTS.tts` has 345 and 173
 
@@ -49,40 +51,46 @@ def gpt(small):
     return copy.deepcopy(small)
 
 
-def make_graph(gpt):
-    conditioning_parts(Networks(gpt, None))
-    return Conditioning(gpt.conditioning_encoder, gpt.conditioning_perceiver)
+def make_graph(gpt, kind=PLAIN):
+    graph = Conditioning(*conditioning_parts(Networks(gpt, None)))
+    graph.use(kind)
+    return graph
 
 
-def compare_in_fp64(gpt, mel, monkeypatch):
+OPERATORS = (PLAIN, HostOperators())  # of compiled programs, and of the host
+
+
+def compare_in_fp64(gpt, mel, monkeypatch, kind):
     """A difference is a mistake and not rounding, once coqui-tts is kept from rounding norms and softmax to fp32."""
     gpt = copy.deepcopy(gpt).double()
     with monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "float", lambda self: self)
         expected = gpt.get_style_emb(mel.double())
-        (latents,) = make_graph(gpt)(mel.double())
+        (latents,) = make_graph(gpt, kind)(mel.double())
     assert latents.dtype == expected.dtype == torch.double
     torch.testing.assert_close(latents, expected, rtol=1e-10, atol=1e-10)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", OPERATORS)
 @pytest.mark.parametrize("frames", [1, 29, 173, 345, CHUNK])
-def test_as_coqui(small, frames, monkeypatch):
+def test_as_coqui(small, frames, monkeypatch, kind):
     mel = torch.randn(2, 80, frames)
-    (latents,) = make_graph(small)(mel)
+    (latents,) = make_graph(small, kind)(mel)
     assert latents.shape == (2, 64, 32)
     torch.testing.assert_close(latents, small.get_style_emb(mel), rtol=0, atol=1e-5)
-    compare_in_fp64(small, mel, monkeypatch)
+    compare_in_fp64(small, mel, monkeypatch, kind)
 
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_as_coqui_full_size(full, monkeypatch):
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_as_coqui_full_size(full, monkeypatch, kind):
     mel = torch.randn(1, 80, CHUNK)
-    (latents,) = make_graph(full)(mel)
+    (latents,) = make_graph(full, kind)(mel)
     assert latents.shape == (1, 1024, 32)
     torch.testing.assert_close(latents, full.get_style_emb(mel), rtol=0, atol=1e-5)
-    compare_in_fp64(full, mel, monkeypatch)
+    compare_in_fp64(full, mel, monkeypatch, kind)
 
 
 @torch.no_grad()
@@ -100,7 +108,8 @@ def test_of_a_recording(tts, reference, monkeypatch):
     xtts.get_conditioning_latents(str(reference))
     ((mel, expected),) = seen
     assert mel.shape == (1, 80, 3 * 22050 // 256 + 1)
-    torch.testing.assert_close(make_graph(gpt)(mel)[0], expected, rtol=0, atol=1e-5)
+    for kind in OPERATORS:
+        torch.testing.assert_close(make_graph(gpt, kind)(mel)[0], expected, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -158,6 +167,7 @@ def test_lowers_and_computes_the_same(size, frames, request):
     assert lowering.unlowered == lowering.disconnected == lowering.rejected == []
     assert lowering.operators["dot"] == 1 + 6 * 4 + 2 * 7
     assert "convolution" not in lowering.operators
+    graph.use(HostOperators())
     (expected,) = graph(*inputs.values())
     (latents,) = moved(*(tensor.to(torch_xla.device()) for tensor in inputs.values()))
     torch.testing.assert_close(latents.cpu(), expected, rtol=0, atol=1e-5)

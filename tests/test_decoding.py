@@ -12,8 +12,8 @@ from neuron_xtts import BucketPlan
 from neuron_xtts.coqui.recognise import make_graphs
 from neuron_xtts.coqui.surface import Networks
 from neuron_xtts.decoding.batch import Batch
-from neuron_xtts.decoding.row import Generation, Row
-from neuron_xtts.decoding.sampling import Sampling
+from neuron_xtts.decoding.row import codes_of, draw, ended, make_rows
+from neuron_xtts.decoding.sampling import Sampler, Sampling
 from neuron_xtts.patching.patch import find_patch
 
 PLANS = {
@@ -34,13 +34,13 @@ class Speaker:
     def __init__(self, xtts, prefix, length, seed):
         generator = torch.Generator().manual_seed(seed)
         self.embeds = torch.randn(1, length, 64, generator=generator)
-        self.row = Row(torch.ones(prefix, dtype=torch.long), prefix)
+        (self.row,) = make_rows(Sampler(Sampling(), prefix, stop_code=25), 1, start_code=24)
         self.expected = make_graphs(Networks.of(xtts))[0]["latents"](self.embeds)[0][0]
         self.head = xtts.gpt.mel_head
 
     @property
     def prefix(self):
-        return self.embeds[:, : self.row.prefix]
+        return self.embeds[:, : self.row.sampler.prefix_length]
 
     @property
     def done(self):
@@ -134,41 +134,63 @@ def test_a_batch_that_is_full(xtts):
     step(batch, [second])
 
 
-def generation(count=1, generator=None, **options):
+def rows_of(count=1, generator=None, **options):
     sampling = Sampling(do_sample=True, max_new_tokens=6, **options)
-    return Generation(sampling, count, 3, start_code=8, stop_code=9, generator=generator)
+    return make_rows(Sampler(sampling, 3, stop_code=9, generator=generator), count, start_code=8)
+
+
+def one_hot(*best):
+    return torch.nn.functional.one_hot(torch.tensor(best), 10).float()
 
 
 def test_rows_end_together():
     """One that has stopped goes on with stop codes until the last has."""
-    rows = generation(count=2, top_k=1)
+    rows = rows_of(count=2, top_k=1)
     for best in ((4, 5), (9, 5), (4, 9)):
-        assert not rows.ended
-        rows.draw(torch.nn.functional.one_hot(torch.tensor(best), 10).float())
-    assert rows.ended
-    assert rows.ids.tolist() == [[1, 1, 8, 4, 9, 9], [1, 1, 8, 5, 5, 9]]
-    assert [row.drawn for row in rows.rows] == [3, 3]
+        assert not ended(rows)
+        draw(rows, one_hot(*best))
+    assert ended(rows)
+    assert [row.ids.tolist() for row in rows] == [[1, 1, 8, 4, 9, 9], [1, 1, 8, 5, 5, 9]]
+    assert codes_of(rows).tolist() == [[4, 9, 9], [5, 5, 9]]
+    assert [row.drawn for row in rows] == [3, 3]
 
 
 def test_rows_end_when_enough_was_drawn():
-    rows = generation()
+    rows = rows_of()
     for _ in range(6):
-        assert not rows.ended
-        rows.draw(torch.zeros(1, 10).index_fill(1, torch.tensor([9]), -torch.inf))
-    assert rows.ended
-    assert not rows.rows[0].stopped
+        assert not ended(rows)
+        draw(rows, torch.zeros(1, 10).index_fill(1, torch.tensor([9]), -torch.inf))
+    assert ended(rows)
+    assert not rows[0].stopped
+
+
+def drawn(logits, *calls):
+    """The codes of calls that draw side by side."""
+    for scores in logits:
+        draw([row for rows in calls for row in rows], scores)
+    return [codes_of(rows) for rows in calls]
 
 
 def test_a_generator_of_its_own():
     """The same seed draws the same codes, whatever the global generator did, which stays as it was."""
-    logits, drawn = torch.randn(6, 2, 10), []
+    logits, found = torch.randn(6, 2, 10), []
     for seed in (5, 5, 6):
-        torch.manual_seed(len(drawn))
+        torch.manual_seed(len(found))
         before = torch.get_rng_state()
-        rows = generation(count=2, generator=torch.Generator().manual_seed(seed))
-        for scores in logits:
-            rows.draw(scores)
+        found += drawn(logits, rows_of(count=2, generator=torch.Generator().manual_seed(seed)))
         assert torch.equal(torch.get_rng_state(), before)
-        drawn.append(rows.ids)
-    assert torch.equal(drawn[0], drawn[1])
-    assert not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_calls_that_draw_side_by_side():
+    """Each draws what it draws alone, with settings, length and generator of its own."""
+    settings = ({"count": 2, "temperature": 0.7}, {"top_k": 3, "repetition_penalty": 4.0}, {"count": 3, "top_p": 0.6})
+    logits = torch.randn(6, 6, 10)
+
+    def calls():
+        return [rows_of(generator=torch.Generator().manual_seed(i), **options) for i, options in enumerate(settings)]
+
+    together, ends = drawn(logits, *calls()), (0, 2, 3, 6)
+    for i, rows in enumerate(calls()):
+        assert torch.equal(drawn(logits[:, ends[i] : ends[i + 1]], rows)[0], together[i])

@@ -352,6 +352,25 @@ def test_every_reason_is_tested():
     assert all(f"def {name}(" in tests for name in OTHER_REASONS.values())
 
 
+def test_an_id_that_comes_back(xtts):
+    """A module that takes the place of one that is gone, and its id, is another all the same."""
+    mlp = xtts.gpt.conditioning_perceiver.layers[0][1]
+    neuron_xtts.patch(xtts)
+    condition(xtts, None)
+    for _ in range(20):  # every time at the address of the last one, or nearly
+        mlp[1] = Halved()
+        theirs = copy.deepcopy(xtts)
+        neuron_xtts.unpatch(theirs)
+        assert_equal(condition(xtts, None), condition(theirs, None))
+    assert fallbacks(xtts, "GPT.get_style_emb") == {"the model's modules were replaced after patch()": 20}
+
+
+class Halved(nn.Module):
+    def forward(self, x):
+        x, gates = x.chunk(2, dim=-1)
+        return x * nn.functional.gelu(gates) / 2
+
+
 def reasons_in_the_source():
     """What fallbacks say, with ``{}`` for what varies: ``Fallback("...")``, and what `check_fp32` makes of names."""
     found = set()

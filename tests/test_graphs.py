@@ -26,9 +26,20 @@ def gpt(tts_original):
     return copy.deepcopy(tts_original.synthesizer.tts_model.gpt).double()
 
 
+@pytest.fixture(params=[PLAIN, HostOperators()], ids=["compiled", "host"])
+def kind(request):
+    """The operators that graphs compute with."""
+    return request.param
+
+
 @pytest.fixture
 def trunk(gpt):
     return Trunk(gpt.gpt, gpt.final_norm, gpt.heads)
+
+
+def using(kind, graph):
+    graph.use(kind)
+    return graph
 
 
 def reference(gpt, embeds):
@@ -38,24 +49,26 @@ def reference(gpt, embeds):
 
 @torch.no_grad()
 @pytest.mark.parametrize("padding", [0, 1, 50])
-def test_latents_and_prefill(gpt, trunk, padding):
+def test_latents_and_prefill(gpt, trunk, padding, kind):
     embeds = torch.randn(2, 20, 64, dtype=torch.double)
     expected = reference(gpt, embeds)
     garbage = torch.randn(2, padding, 64, dtype=torch.double) * 100
     padded = torch.cat([embeds, garbage], dim=1)
-    torch.testing.assert_close(Latents(trunk)(padded)[0][:, :20], expected)
-    latents, logits, *cache = Prefill(trunk, gpt.mel_head)(padded, torch.tensor([19, 7], dtype=torch.int32))
+    torch.testing.assert_close(using(kind, Latents(trunk))(padded)[0][:, :20], expected)
+    latents, logits, *cache = using(kind, Prefill(trunk, gpt.mel_head))(
+        padded, torch.tensor([19, 7], dtype=torch.int32)
+    )
     torch.testing.assert_close(latents, torch.stack([expected[0, 19], expected[1, 7]]))
     torch.testing.assert_close(logits, gpt.mel_head(latents))
     assert [tuple(tensor.shape) for tensor in cache] == [(2, 2, 20 + padding, 32)] * 4
 
 
 @torch.no_grad()
-def test_decode_rows_at_positions_of_their_own(gpt, trunk):
+def test_decode_rows_at_positions_of_their_own(gpt, trunk, kind):
     """Slots above a row's position hold garbage, which no row sees."""
     embeds = torch.randn(3, 12, 64, dtype=torch.double)
     expected = reference(gpt, embeds)
-    decode = Decode(trunk, gpt.mel_head)
+    decode = using(kind, Decode(trunk, gpt.mel_head))
     cache = [torch.randn(3, 2, 16, 32, dtype=torch.double) * 100 for _ in range(4)]
     lag = torch.tensor([0, 2, 5], dtype=torch.int32)  # row r is lag[r] steps behind
     for step in range(12 + 5):
@@ -157,7 +170,9 @@ def test_other_hifigans(shape):
     generator = make_generator(**OTHER_SHAPES[shape])
     frames, speaker = torch.randn(2, 24, 19, dtype=torch.double), torch.randn(1, 6, 1, dtype=torch.double)
     vocoder = Vocoder(generator)
-    torch.testing.assert_close(vocoder(frames, speaker)[0], generator(frames, g=speaker))
+    for kind in (HostOperators(), PLAIN):
+        vocoder.use(kind)
+        torch.testing.assert_close(vocoder(frames, speaker)[0], generator(frames, g=speaker))
     check_receptive_field(vocoder, speaker)
 
 
@@ -227,7 +242,7 @@ def test_mask_reaches_every_convolution(generator):
 
 
 def test_graphs_know_torch_alone():
-    """No coqui-tts, no wrapt, no engine: `graphs/` can be read and used on its own."""
+    """No coqui-tts, no wrapt, nothing of the rest: `graphs/` can be read and used on its own."""
     for found in pkgutil.iter_modules(graphs.__path__, "neuron_xtts.graphs."):
         module = importlib.import_module(found.name)
         imports = [line for line in inspect.getsource(module).splitlines() if line.startswith(("import ", "from "))]

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from neuron_xtts import BucketPlan, FrontendMissingError
+from neuron_xtts.backends.host.operators import HostOperators
 from neuron_xtts.backends.neuron import jobs
 from neuron_xtts.backends.neuron.compiler import lower_all
 from neuron_xtts.backends.neuron.lowering import Program, frontend, lower
@@ -68,7 +69,8 @@ def test_every_graph_lowers(graphs):
 def test_what_was_lowered_computes_the_same(graphs):
     """Each graph on XLA's CPU device against the same graph on the host, state included."""
     for name, bucket, module, inputs in on_device(graphs, PLAN):
-        host = graphs[name]
+        host = copy.deepcopy(graphs[name])
+        host.use(HostOperators())
         if isinstance(module, StatefulDecode):
             host = StatefulDecode(host, *bucket)
             for ours, theirs in zip(host.states, module.states, strict=True):

@@ -224,6 +224,14 @@ def test_what_is_not_remembered(xtts, plain, recording, caplog):
     assert caplog.text.count(f"{LATENTS}: a voice is not remembered: forward hooks") == 1
 
 
+def chain(error):
+    """The kinds of errors that one was raised in the handling of."""
+    kinds = []
+    while error := error.__context__:
+        kinds.append(type(error))
+    return kinds
+
+
 def test_errors_are_coqui_s_own(xtts, plain, recording, tmp_path):
     (tmp_path / "noise.wav").write_bytes(b"no recording")
     write_reference(tmp_path / "short.wav", seconds=0.2)
@@ -243,7 +251,7 @@ def test_errors_are_coqui_s_own(xtts, plain, recording, tmp_path):
         for model in (plain, xtts):
             with pytest.raises(Exception) as caught:  # noqa: PT011 - whatever coqui-tts raises
                 call(model)
-            errors.append((caught.type, str(caught.value)))
+            errors.append((caught.type, str(caught.value), chain(caught.value)))
         assert errors[0] == errors[1]
     reasons = fallbacks(xtts, LATENTS) | fallbacks(xtts, EMBEDDING)
     assert {"arguments that the method does not take", "a reference that is not a tensor"} <= reasons.keys()
@@ -298,3 +306,22 @@ def test_threads(xtts, plain, recording):
         assert_same_voice(voice, plain.get_conditioning_latents(recording))
     assert len(voices) == 4
     assert counts(xtts) == (3, 1)
+
+
+def test_a_method_wrapped_before_the_patch(xtts, recording):
+    """The defaults and the arguments are those of what is really called."""
+    own = xtts.get_conditioning_latents
+
+    def longer(audio_path, gpt_cond_len=2, loud=False):
+        latents, speaker = own(audio_path, gpt_cond_len=gpt_cond_len)
+        return latents * (2 if loud else 1), speaker
+
+    xtts.get_conditioning_latents = longer
+    arguments = ({}, {"gpt_cond_len": 1}, {"loud": True}, {"gpt_cond_len": 2})
+    theirs = [longer(str(recording), **options)[0] for options in arguments]
+    neuron_xtts.patch(xtts)
+    for options, expected in zip(arguments, theirs, strict=True):
+        torch.testing.assert_close(xtts.get_conditioning_latents(str(recording), **options)[0], expected)
+    counts = neuron_xtts.report(xtts).routes["Xtts.get_conditioning_latents"]
+    assert (counts.served, counts.handed_over) == (4, 1)  # the last is the first
+    assert not counts.fallbacks

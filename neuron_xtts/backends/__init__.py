@@ -15,19 +15,22 @@ class DecodeState(Protocol):
 
     @property
     def capacity(self) -> int:
-        """How many positions it holds per row."""
+        """How many positions it holds per slot."""
 
-    def fill(self, row: int, cache: KeysAndValues, length: int) -> None:
-        """Write the first ``length`` positions of prefill's keys and values (1, H, L, K) into ``row``."""
+    def fill(self, slot: int, cache: KeysAndValues, length: int) -> None:
+        """Write the first ``length`` positions of prefill's keys and values (1, H, L, K) into a slot.
 
-    def grow(self, positions: int) -> None:
-        """Hold at least ``positions``, those of a bucket, from now on, keeping what is there."""
+        On Neuron only before the first step.
+        """
+
+    def grow(self, capacity: int) -> None:
+        """Hold at least ``capacity`` positions, those of a bucket, from now on, keeping what is there."""
 
     def step(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Run one decode step; ``mask`` is as wide as the part of the state that the step may see."""
 
-    def cached(self, row: int, length: int) -> KeysAndValues:
-        """The first ``length`` keys and values (H, length, K) of ``row``."""
+    def cached(self, slot: int, length: int) -> KeysAndValues:
+        """The first ``length`` keys and values (H, length, K) of a slot."""
 
 
 class Backend(Protocol):
@@ -58,5 +61,5 @@ class Backend(Protocol):
     def close(self) -> None:
         """Leave the model's weights as they were found."""
 
-    def new_state(self, rows: int, positions: int) -> DecodeState:
-        """The decode graph with an empty state; ``rows`` and ``positions`` are a bucket."""
+    def new_state(self, slots: int, capacity: int) -> DecodeState:
+        """The decode graph with an empty state; ``slots`` and ``capacity``, in positions, are a bucket."""

@@ -16,6 +16,10 @@ SAMPLES_PER_FRAME = 256
 #: Codes per chunk of a stream, unless told otherwise (``stream_chunk_size`` of ``Xtts.inference_stream``).
 STREAM_CHUNK = 20
 
+#: ``GPT.forward`` counts this many positions more than it has codes, pads with stop tokens up to there and cuts the
+#: result short by as much; by causality they can be left out.
+FORWARD_TAIL = 5
+
 #: The code that starts every sentence (``gpt_start_audio_token`` in the checkpoint's config.json; codes of audio lie
 #: below it). XttsArgs has the one of XTTS v1.
 START_CODE = 1024

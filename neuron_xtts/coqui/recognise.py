@@ -36,9 +36,10 @@ class Recogniser:
     made_of: Callable[[Networks], Sequence[object]]
     check_state: Callable[[Networks], None]
 
-    def identity(self, networks: Networks) -> tuple[int, ...]:
-        """What changes when one of the objects that graphs were made of is replaced."""
-        return tuple(map(id, self.made_of(networks)))
+    def still_made_of(self, then: Sequence[object], networks: Networks) -> bool:
+        """Whether nothing was replaced since ``made_of`` gave ``then``; whoever keeps it keeps ids from coming back."""
+        now = self.made_of(networks)
+        return len(now) == len(then) and all(a is b for a, b in zip(now, then, strict=True))
 
 
 def make_graphs(networks: Networks) -> tuple[dict[str, Graph], dict[str, str]]:

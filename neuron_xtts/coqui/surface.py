@@ -22,13 +22,13 @@ class Module(Protocol):
     training: bool
 
     def modules(self) -> Iterator[nn.Module]:
-        """It and all modules inside."""
+        """The module itself and all modules inside."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Its parameters and those of all modules inside."""
+        """The parameters of the module and of all modules inside."""
 
     def buffers(self) -> Iterator[Tensor]:
-        """Its buffers and those of all modules inside."""
+        """The buffers of the module and of all modules inside."""
 
 
 class Trunk(GPT2, Module, Protocol):
@@ -131,5 +131,5 @@ class Networks(NamedTuple):
 
     @classmethod
     def of(cls, xtts: Xtts) -> Networks:
-        """Those that a model has now."""
+        """The networks that a model has now."""
         return cls(xtts.gpt, xtts.hifigan_decoder)

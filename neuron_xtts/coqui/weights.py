@@ -25,14 +25,14 @@ class Tensors(Protocol):
     """Whatever has parameters and buffers, such as an ``nn.Module``."""
 
     def parameters(self) -> Iterable[Tensor]:
-        """Its parameters."""
+        """The parameters, in a fixed order."""
 
     def buffers(self) -> Iterable[Tensor]:
-        """Its buffers."""
+        """The buffers, in a fixed order."""
 
 
 def tensors_of(module: Tensors) -> list[Tensor]:
-    """Parameters and buffers, in a fixed order."""
+    """The parameters and buffers of a module, in a fixed order."""
     return [*module.parameters(), *module.buffers()]
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from neuron_xtts.coqui.embeddings import embed_codes
 from neuron_xtts.coqui.surface import Gpt
-from neuron_xtts.decoding.row import Generation, Row
+from neuron_xtts.decoding.row import Row, draw, ended
 from neuron_xtts.errors import Fallback
 from neuron_xtts.graphs.operators import MASKED
 from neuron_xtts.graphs.transformer import KeysAndValues
@@ -22,14 +22,13 @@ Step = tuple[Tensor, Tensor]  # a code (rows,) and its latents (rows, D) of ever
 
 
 @torch.no_grad()
-def decode(gpt: Gpt, batch: Batch, generation: Generation, prefix: Tensor) -> Iterator[Step]:
-    """The decode loop: the steps of a generation from its ``prefix`` (B, P, D) on, each run when it is asked for."""
-    rows = generation.rows
+def decode(gpt: Gpt, batch: Batch, rows: Sequence[Row], prefix: Tensor) -> Iterator[Step]:
+    """The decode loop: the steps of a call's rows from its ``prefix`` (B, P, D) on, each run when it is asked for."""
     latents, logits = batch.admit(rows, prefix)
     while True:
-        codes = generation.draw(logits)
+        codes = draw(rows, logits)
         yield codes, latents
-        if generation.ended:
+        if ended(rows):
             return
         latents, logits = batch.step(rows, embed_codes(gpt, codes, [row.drawn for row in rows]))
 

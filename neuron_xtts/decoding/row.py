@@ -1,13 +1,15 @@
-"""A row: one utterance that decodes. And the rows of one call, which draw together and end together."""
+"""A row: one utterance that decodes, and how rows draw their next codes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from neuron_xtts.decoding.sampling import Sampling
+from neuron_xtts.decoding.sampling import Sampler
 
 
 @dataclass(eq=False)
@@ -15,15 +17,15 @@ class Row:
     """One utterance that decodes.
 
     Attributes:
+        sampler: what its codes are drawn by, the sampling and the generator of its call.
         ids: (P + N,) the prefix as Hugging Face's loop sees it, and the codes drawn so far.
-        prefix: positions of the prefix, P.
         stopped: whether it has drawn the stop code.
         slot: where its keys and values are in a batch; None while it is in none.
         position: of the cache, that its next step writes: those before it have been written.
     """
 
+    sampler: Sampler
     ids: Tensor
-    prefix: int
     stopped: bool = False
     slot: int | None = None
     position: int = 0
@@ -31,59 +33,41 @@ class Row:
     @property
     def drawn(self) -> int:
         """Codes drawn so far, N: the place of the next one in the audio."""
-        return len(self.ids) - self.prefix
+        return len(self.ids) - self.sampler.prefix_length
 
 
-class Generation:
-    """The rows of one call of ``generate``.
+def make_rows(sampler: Sampler, count: int, start_code: int) -> list[Row]:
+    """The rows of one call of ``generate``, as ``GPT.compute_embeddings`` begins them; the start code ends a prefix."""
+    ids = torch.ones(sampler.prefix_length, dtype=torch.long)
+    ids[-1] = start_code
+    return [Row(sampler, ids) for _ in range(count)]
 
-    As in Hugging Face's loop they draw together, with one draw of the random generator a step, and end together: a row
-    that has stopped goes on with stop codes until all have, or until enough were drawn.
 
-    Args:
-        sampling: what the call asked for.
-        count: rows.
-        prefix: positions of the prefix of each, the start code last.
-        start_code: the code that ends the prefix.
-        stop_code: the code that stops a row.
-        generator: what codes are drawn with; None for torch's global one.
+def draw(rows: Sequence[Row], logits: Tensor) -> Tensor:
+    """Draw the next code (rows,) of every row from ``logits`` (rows, V).
+
+    As in Hugging Face's loop, the rows of one call draw together, with one draw of their generator, and a row that has
+    stopped draws as well and goes on with stop codes. Rows of one call stand side by side.
     """
-
-    def __init__(
-        self,
-        sampling: Sampling,
-        count: int,
-        prefix: int,
-        *,
-        start_code: int,
-        stop_code: int,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        self.sampling = sampling
-        self.generator = generator
-        self.stop_code = stop_code
-        ids = torch.ones(prefix, dtype=torch.long)  # as GPT.compute_embeddings makes them
-        ids[-1] = start_code
-        self.rows = [Row(ids, prefix) for _ in range(count)]
-        self._processors = sampling.processors(prefix, stop_code)
-
-    @property
-    def ids(self) -> Tensor:
-        """The prefix as Hugging Face's loop sees it, and the codes so far: (rows, P + N)."""
-        return torch.stack([row.ids for row in self.rows]) if len(self.rows) > 1 else self.rows[0].ids[None]
-
-    @property
-    def ended(self) -> bool:
-        """Whether no row wants another code."""
-        return self.rows[0].drawn == self.sampling.max_new_tokens or all(row.stopped for row in self.rows)
-
-    def draw(self, logits: Tensor) -> Tensor:
-        """Draw the next code (rows,) of every row from ``logits`` (rows, V)."""
-        codes = self.sampling.draw(self._processors, self.ids, logits, self.generator)
-        for i, row in enumerate(self.rows):
+    drawn = []
+    for sampler, members in groupby(zip(rows, torch.split(logits, 1), strict=True), key=lambda pair: pair[0].sampler):
+        together, scores = zip(*members, strict=True)
+        codes = sampler.draw(torch.stack([row.ids for row in together]), torch.cat(scores))
+        for i, row in enumerate(together):
             if row.stopped:
-                codes[i] = self.stop_code
+                codes[i] = sampler.stop_code
             row.ids = torch.cat([row.ids, codes[i : i + 1]])
-        for row, code in zip(self.rows, codes.tolist(), strict=True):
-            row.stopped = code == self.stop_code
-        return codes
+        for row, code in zip(together, codes.tolist(), strict=True):
+            row.stopped = code == sampler.stop_code
+        drawn.append(codes)
+    return torch.cat(drawn)
+
+
+def ended(rows: Sequence[Row]) -> bool:
+    """Whether no row of a call wants another code: all have stopped, or enough were drawn."""
+    return rows[0].drawn == rows[0].sampler.sampling.max_new_tokens or all(row.stopped for row in rows)
+
+
+def codes_of(rows: Sequence[Row]) -> Tensor:
+    """The codes (rows, N) that rows of one call have drawn."""
+    return torch.stack([row.ids[row.sampler.prefix_length :] for row in rows])

@@ -6,7 +6,7 @@ minimum length, then, if sampling, temperature, top-k and top-p. The same seed t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -115,23 +115,36 @@ class Sampling:
                 processors.append(transformers.TopPLogitsWarper(self.top_p))
         return processors
 
-    def draw(
-        self,
-        processors: Iterable[Processor],
-        ids: Tensor,
-        scores: Tensor,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """One code per row (B,) from scores (B, V).
+
+class Sampler:
+    """What the codes of one call are drawn by.
+
+    Args:
+        sampling: what the call asked for.
+        prefix_length: positions of the prefix, P.
+        stop_code: the code that stops a row.
+        generator: what codes are drawn with; None for torch's global one.
+    """
+
+    def __init__(
+        self, sampling: Sampling, prefix_length: int, stop_code: int, generator: torch.Generator | None = None
+    ) -> None:
+        self.sampling = sampling
+        self.prefix_length = prefix_length
+        self.stop_code = stop_code
+        self.generator = generator
+        self._processors = sampling.processors(prefix_length, stop_code)
+
+    def draw(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """One code per row (B,).
 
         Args:
-            processors: of `processors`.
-            ids: (B, N) the prefix and the codes so far.
-            scores: the logits.
-            generator: what is drawn with; None for torch's global one.
+            ids: (B, P + N) the prefix and the codes so far.
+            scores: (B, V) the logits.
         """
-        for process in processors:
+        for process in self._processors:
             scores = process(ids, scores)
-        if not (self.do_sample or self.draws):
+        if not (self.sampling.do_sample or self.sampling.draws):
             return scores.argmax(dim=-1)
-        return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1, generator=generator).squeeze(1)
+        shares = torch.softmax(scores, dim=-1)
+        return torch.multinomial(shares, num_samples=1, generator=self.generator).squeeze(1)

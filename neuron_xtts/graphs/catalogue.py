@@ -6,8 +6,8 @@ is made of, and a row of `CATALOGUE`; if no dimension that is there fits, also a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -34,6 +34,8 @@ class GraphSpec:
         family: graphs of a family are made of the same parts of a model, share its weights and have one precision.
         dimensions: of its buckets, fields of ``BucketPlan``.
         padded: whether an input may be padded to a larger size; else a size serves exactly that size.
+        model_type: what neuronx-cc is told that it is.
+        optlevel: of neuronx-cc, by target, where it is not the default.
         graph: its class.
         build: makes it of its family's parts.
     """
@@ -44,13 +46,23 @@ class GraphSpec:
     graph: type[Graph]
     build: Callable[[Any], Graph]
     padded: bool = True
+    model_type: str = "transformer"
+    optlevel: Mapping[str, int] = field(default_factory=dict)
 
 
 _ROWS = (
     GraphSpec("prefill", "transformer", ("prefill",), Prefill, lambda parts: Prefill(*parts)),
     GraphSpec("decode", "transformer", ("slots", "decode"), Decode, lambda parts: Decode(*parts)),
     GraphSpec("latents", "transformer", ("latents",), Latents, lambda parts: Latents(parts.trunk)),
-    GraphSpec("vocoder", "vocoder", ("vocoder",), Vocoder, Vocoder),
+    GraphSpec(
+        "vocoder",
+        "vocoder",
+        ("vocoder",),
+        Vocoder,
+        Vocoder,
+        model_type="generic",
+        optlevel={"inf2": 1},  # at 2, long convolutions of vocoders do not fit the core's buffers
+    ),
     GraphSpec(
         "conditioning",
         "conditioning",
@@ -58,8 +70,8 @@ _ROWS = (
         Conditioning,
         lambda parts: Conditioning(*parts),
         padded=False,
+        model_type="generic",
     ),
 )
 CATALOGUE = {spec.name: spec for spec in _ROWS}
 GRAPHS = tuple(CATALOGUE)
-FAMILIES = tuple(dict.fromkeys(spec.family for spec in _ROWS))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -197,6 +197,11 @@ def receptive_field(vocoder: Vocoder) -> tuple[int, int]:
         last = math.floor((last + reach + padding) / stride)
     first, last = _widen((first, last), vocoder.conv_pre)
     return -first, last
+
+
+def halo_of(graphs: Iterable[nn.Module]) -> int:
+    """Frames to either side that the audio of a frame depends on, in the vocoder among ``graphs``; 0 without one."""
+    return max((max(receptive_field(graph)) for graph in graphs if isinstance(graph, Vocoder)), default=0)
 
 
 def _radius(conv: Any) -> int:

@@ -2,7 +2,8 @@
 
 Locks, in the order in which one thread may take them:
 
-1. the lock of a `VoiceMemo`, while a voice is looked for and, through other routes, made;
+1. the lock of a `VoiceMemo`, while a voice is looked for and, through other routes, made: first that of conditioning
+   latents, then that of speaker embeddings, which coqui-tts asks for inside;
 2. the dispatcher's, while a call is served, or one step of a stream: coqui-tts keeps the prefix of a generation on the
    model, and torch's random generator is global;
 3. a loaded graph's, in the Neuron backend, while it runs or its state is moved;
@@ -16,7 +17,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from neuron_xtts.routes.base import Context, HandedOver, Kind, Method, Route
 logger = logging.getLogger(__name__)
 
 DISABLE_VARIABLE = "NEURON_XTTS_DISABLE"
+_DISABLED = f"{DISABLE_VARIABLE} is set"
 
 Call = Callable[[], Any]
 
@@ -63,7 +65,8 @@ class Dispatcher:
             args: of the call.
             kwargs: of the call.
         """
-        graphs = partial(route.call, self.context, *args, **kwargs)
+        first = (self.context, method) if route.kind is Kind.REMEMBERED else (self.context,)
+        graphs = partial(route.call, *first, *args, **kwargs)
         own = partial(route.own(self.context, method), *args, **kwargs)
         return self._by_kind[route.kind](route.name, graphs, own)
 
@@ -141,23 +144,27 @@ class Dispatcher:
         memo = self.context.voices[name]
         if not memo.size:
             return own()
-        if self._disabled(name):
-            return own()
         with memo.lock, self._timed(name):
-            try:
-                found = key()
-            except Fallback as fallback:
-                if self.counters.fell_back(name, str(fallback)):
-                    logger.warning("%s: a voice is not remembered: %s", name, fallback)
+            found, reason = self._identify(key)
+            if reason is not None:
+                if self.counters.fell_back(name, reason):
+                    logger.warning("%s: a voice is not remembered: %s", name, reason)
                 return own()
             known = memo.find(found)
             if known is not None:
                 return self._served(name, HandedOver(known))
             voice = own()
-            with contextlib.suppress(Fallback):
-                if key() == found:  # or was the file written to meanwhile?
-                    memo.store(found, voice)
+            if self._identify(key) == (found, None):  # or was the file written to meanwhile?
+                memo.store(found, voice)
             return self._served(name, voice)
+
+    @staticmethod
+    def _identify(key: Call) -> tuple[Hashable, str | None]:
+        """What identifies a voice; or nothing, and why it cannot be said."""
+        try:
+            return (None, _DISABLED) if disabled() else (key(), None)
+        except Fallback as fallback:
+            return None, str(fallback)
 
     def _served(self, name: str, result: Any) -> Any:
         """Count a call as served; returns the result itself."""
@@ -168,7 +175,7 @@ class Dispatcher:
     def _disabled(self, name: str) -> bool:
         if not disabled():
             return False
-        self.counters.fell_back(name, f"{DISABLE_VARIABLE} is set")
+        self.counters.fell_back(name, _DISABLED)
         return True
 
     @contextlib.contextmanager

@@ -28,7 +28,7 @@ class Kind(Enum):
 
     WHOLE = "the result"
     STEPS = "an iterator, which is pulled one step at a time"
-    REMEMBERED = "what identifies the result: coqui-tts computes it, once"
+    REMEMBERED = "what identifies the result, which coqui-tts computes once"
 
 
 @dataclass
@@ -76,8 +76,8 @@ class Route:
     Attributes:
         owner: the attribute of the ``Xtts`` whose method it is, of `OWNERS`.
         method: its name.
-        call: ``call(context, *args, **kwargs)`` with the arguments of the method; raises `Fallback`, or anything else,
-            if coqui-tts must serve the call.
+        call: ``call(context, *args, **kwargs)`` with the arguments of the method, of a remembered result
+            ``call(context, method, *args, **kwargs)``; raises `Fallback`, or anything else, if coqui-tts must serve it.
         kind: what ``call`` returns.
         own: ``own(context, method)`` is coqui-tts's method as a fallback calls it.
     """
@@ -93,7 +93,8 @@ class Route:
         """The route as reports and errors write it, such as ``GPT.generate``."""
         return f"{OWNERS[self.owner]}.{self.method}"
 
-    def module(self, xtts: Any) -> nn.Module:
+    def module(self, xtts: Xtts) -> nn.Module:
         """The module of a model whose method it is."""
-        found: nn.Module = getattr(xtts, self.owner) if self.owner else xtts
-        return found
+        found: Any = getattr(xtts, self.owner) if self.owner else xtts
+        module: nn.Module = found
+        return module

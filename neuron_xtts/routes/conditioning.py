@@ -9,7 +9,7 @@ from neuron_xtts.errors import Fallback
 from neuron_xtts.routes.base import Context, check_fp32
 
 
-def get_style_emb(context: Context, cond_input: Tensor, return_latent: bool = False) -> Tensor:
+def get_style_emb(context: Context, /, cond_input: Tensor, return_latent: bool = False) -> Tensor:
     """Serve ``GPT.get_style_emb``.
 
     Args:

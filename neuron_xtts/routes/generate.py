@@ -10,13 +10,13 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from neuron_xtts.coqui.embeddings import embed_prefix
 from neuron_xtts.decoding.batch import Batch, decode
-from neuron_xtts.decoding.row import Generation
-from neuron_xtts.decoding.sampling import Sampling
+from neuron_xtts.decoding.row import Row, codes_of, make_rows
+from neuron_xtts.decoding.sampling import Sampler, Sampling
 from neuron_xtts.routes.base import Context, check_fp32
 
 
 @torch.no_grad()
-def generate(context: Context, cond_latents: Tensor, text_inputs: Tensor, **kwargs: Any) -> Any:
+def generate(context: Context, /, cond_latents: Tensor, text_inputs: Tensor, **kwargs: Any) -> Any:
     """Serve ``GPT.generate``.
 
     Args:
@@ -34,19 +34,20 @@ def generate(context: Context, cond_latents: Tensor, text_inputs: Tensor, **kwar
     check(context)
     check_fp32(conditioning_latents=cond_latents)
     prefix = embed_prefix(gpt, cond_latents, text_inputs)  # (B, P, D), the start code last
-    generation = start(context, sampling, prefix)
-    batch = Batch(runner, len(generation.rows), prefix.shape[1])
+    rows = start(context, sampling, prefix)
+    batch = Batch(runner, len(rows), prefix.shape[1])
     try:
-        latents = [step_latents for _, step_latents in decode(gpt, batch, generation, prefix)]
-        cache = batch.cache(generation.rows) if sampling.return_dict_in_generate else None
+        latents = [step_latents for _, step_latents in decode(gpt, batch, rows, prefix)]
+        cache = batch.cache(rows) if sampling.return_dict_in_generate else None
     finally:
-        batch.release(generation.rows)
-    codes = generation.ids[:, prefix.shape[1] :]
+        batch.release(rows)
+    codes = codes_of(rows)
     if sampling.num_return_sequences == 1:
         context.latents.store(gpt, cond_latents, text_inputs, codes, torch.stack(latents, dim=1))
     if cache is None:
         return codes
-    return codes, GenerateDecoderOnlyOutput(sequences=generation.ids, past_key_values=cache)
+    sequences = torch.stack([row.ids for row in rows])
+    return codes, GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
 
 
 def check(context: Context) -> None:
@@ -55,10 +56,8 @@ def check(context: Context) -> None:
     context.runner.check_state("decode")
 
 
-def start(context: Context, sampling: Sampling, prefix: Tensor) -> Generation:
+def start(context: Context, sampling: Sampling, prefix: Tensor) -> list[Row]:
     """The rows of a call, from its ``prefix`` (B, P, D) on."""
     gpt = context.runner.networks.gpt
-    count = prefix.shape[0] * sampling.num_return_sequences
-    return Generation(
-        sampling, count, prefix.shape[1], start_code=gpt.start_audio_token, stop_code=gpt.stop_audio_token
-    )
+    sampler = Sampler(sampling, prefix.shape[1], gpt.stop_audio_token)
+    return make_rows(sampler, prefix.shape[0] * sampling.num_return_sequences, gpt.start_audio_token)

@@ -6,19 +6,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from neuron_xtts.coqui.constants import FORWARD_TAIL
 from neuron_xtts.coqui.embeddings import embed_text
 from neuron_xtts.coqui.surface import Gpt
 from neuron_xtts.errors import Fallback
 from neuron_xtts.routes.base import Context, HandedOver, check_fp32
 from neuron_xtts.runner import Runner
 
-# GPT.forward counts this many positions more than it has codes, pads with stop tokens up to there and cuts the result
-# short by as much; by causality they can be left out.
-_TAIL = 5
-
 
 def forward(
     context: Context,
+    /,
     text_inputs: Tensor,
     text_lengths: Tensor,
     audio_codes: Tensor,
@@ -63,7 +61,7 @@ def forward(
     check_fp32(conditioning_latents=cond_latents)
     runner.check_state("latents")
     text, codes = layout(gpt, text_inputs, text_lengths, audio_codes, wav_lengths)
-    if codes.shape[1] + _TAIL > gpt.mel_pos_embedding.emb.num_embeddings:
+    if codes.shape[1] + FORWARD_TAIL > gpt.mel_pos_embedding.emb.num_embeddings:
         raise Fallback("more audio codes than the model has positions")
     known = context.latents.find(gpt, cond_latents, text, codes)
     if known is not None:

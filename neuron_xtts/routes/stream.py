@@ -17,7 +17,7 @@ from neuron_xtts.routes.base import Context, Method, check_fp32
 from neuron_xtts.routes.generate import check, start
 
 
-def get_generator(context: Context, fake_inputs: Tensor, **kwargs: Any) -> Iterator[Step]:
+def get_generator(context: Context, /, fake_inputs: Tensor, **kwargs: Any) -> Iterator[Step]:
     """Serve ``GPT.get_generator``; nothing is computed before the first step is asked for.
 
     Args:
@@ -45,12 +45,12 @@ def get_generator(context: Context, fake_inputs: Tensor, **kwargs: Any) -> Itera
 
 
 def _steps(context: Context, sampling: Sampling, prefix: Tensor) -> Iterator[Step]:
-    generation = start(context, sampling, prefix)
-    batch = Batch(context.runner, len(generation.rows), prefix.shape[1])
+    rows = start(context, sampling, prefix)
+    batch = Batch(context.runner, len(rows), prefix.shape[1])
     try:
-        yield from decode(context.runner.networks.gpt, batch, generation, prefix)
+        yield from decode(context.runner.networks.gpt, batch, rows, prefix)
     finally:
-        batch.release(generation.rows)
+        batch.release(rows)
 
 
 def own_generator(context: Context, method: Method) -> Method:

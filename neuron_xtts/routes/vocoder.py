@@ -19,7 +19,7 @@ from neuron_xtts.routes.base import Context, HandedOver, check_fp32
 from neuron_xtts.runner import Runner
 
 
-def forward(context: Context, latents: Tensor, g: Tensor | None = None) -> Tensor | HandedOver[Tensor]:
+def forward(context: Context, /, latents: Tensor, g: Tensor | None = None) -> Tensor | HandedOver[Tensor]:
     """Serve ``HifiDecoder.forward``.
 
     Args:
@@ -36,7 +36,7 @@ def forward(context: Context, latents: Tensor, g: Tensor | None = None) -> Tenso
 
 
 @torch.inference_mode()
-def inference(context: Context, c: Tensor, g: Tensor) -> Tensor | HandedOver[Tensor]:
+def inference(context: Context, /, c: Tensor, g: Tensor) -> Tensor | HandedOver[Tensor]:
     """Serve ``HifiDecoder.inference``, which is ``forward`` in inference mode, whatever the caller's."""
     return _vocode(context, c, g)
 

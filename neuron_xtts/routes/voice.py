@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +21,54 @@ from neuron_xtts.coqui.hooks import check_unhooked
 from neuron_xtts.coqui.surface import Module, Networks, Xtts
 from neuron_xtts.coqui.weights import file_digest, stamp, tensor_digest, tensors_of
 from neuron_xtts.errors import Fallback
-from neuron_xtts.routes.base import Context
+from neuron_xtts.routes.base import Context, Method
 
 
-def get_conditioning_latents(context: Context, *args: Any, **kwargs: Any) -> Hashable:
+def get_conditioning_latents(context: Context, method: Method, /, *args: Any, **kwargs: Any) -> Hashable:
     """What identifies the conditioning latents and the speaker embedding of one file or several."""
-    return _key(context, "get_conditioning_latents", "audio_path", _files, args, kwargs)
+    call = _Call(context, method, args, kwargs)
+    return call.key("audio_path", _files)
 
 
-def get_speaker_embedding(context: Context, *args: Any, **kwargs: Any) -> Hashable:
+def get_speaker_embedding(context: Context, method: Method, /, *args: Any, **kwargs: Any) -> Hashable:
     """What identifies the speaker embedding of samples."""
-    return _key(context, "get_speaker_embedding", "audio", _samples, args, kwargs)
+    call = _Call(context, method, args, kwargs)
+    return call.key("audio", _samples)
 
 
-def _key(
-    context: Context,
-    method: str,
-    recording: str,
-    identify: Callable[[Any], Hashable],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Hashable:
-    """Everything that the result of a call depends on. Raises `Fallback` if it cannot be said."""
-    xtts = context.xtts()
-    if xtts is None or Networks.of(xtts) != context.runner.networks:
-        raise Fallback("the model's modules were replaced after patch()")
-    modules, tensors = _encoders(xtts)
-    if any(module.training for module in modules):
-        raise Fallback("training mode")
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        raise Fallback("autocast")
-    check_unhooked(modules)
-    try:
-        call = inspect.signature(getattr(type(xtts), method)).bind(xtts, *args, **kwargs)
-    except TypeError:
-        raise Fallback("arguments that the method does not take") from None
-    call.apply_defaults()
-    content = identify(call.arguments.pop(recording))
-    settings = list(call.arguments.items())[1:]  # without self
-    # By repr: 6 is not 6.0, with which coqui-tts raises.
-    return content, repr(settings), tuple(map(id, modules)), stamp(tensors)
+@dataclass(frozen=True)
+class _Call:
+    """A call of a method that makes a voice of a recording."""
+
+    context: Context
+    method: Method
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def key(self, recording: str, identify: Callable[[Any], Hashable]) -> Hashable:
+        """Everything that the result depends on. Raises `Fallback` if it cannot be said.
+
+        Args:
+            recording: the argument with the recording.
+            identify: makes what stands for its content.
+        """
+        xtts = self.context.xtts()
+        if xtts is None or Networks.of(xtts) != self.context.runner.networks:
+            raise Fallback("the model's modules were replaced after patch()")
+        modules, tensors = _encoders(xtts)
+        if any(module.training for module in modules):
+            raise Fallback("training mode")
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            raise Fallback("autocast")
+        check_unhooked(modules)
+        try:
+            call = inspect.signature(self.method).bind(*self.args, **self.kwargs)
+        except TypeError:
+            raise Fallback("arguments that the method does not take") from None
+        call.apply_defaults()
+        content = identify(call.arguments.pop(recording))
+        # By repr: 6 is not 6.0, with which coqui-tts raises.
+        return content, repr(call.arguments), tuple(map(id, modules)), stamp(tensors)
 
 
 def _encoders(xtts: Xtts) -> tuple[list[nn.Module], list[Tensor]]:

@@ -14,6 +14,7 @@ from neuron_xtts.backends.neuron.store import Artifact, Store
 from neuron_xtts.buckets import bucket_name
 from neuron_xtts.errors import ArtifactError
 from neuron_xtts.graphs.catalogue import CATALOGUE
+from neuron_xtts.precision import has_small_kernel_defect
 from neuron_xtts.tables import table
 
 
@@ -85,7 +86,9 @@ def unusable(store: Store, *, stale: bool) -> list[Path]:
 
 def _stale_here() -> Callable[[Mapping[str, Any]], bool]:
     """Whether a recipe is of another version of this library, or of Neuron packages that are not installed here."""
-    installed, sources = find_neuron().versions, {name: source_digest(name) for name in CATALOGUE}
+    installed = find_neuron().versions
+    fill = has_small_kernel_defect(installed.get("neuronx-cc", "0"))
+    sources = {name: source_digest(name, fill=fill) for name in CATALOGUE}
 
     def is_stale(recipe: Mapping[str, Any]) -> bool:
         made_with = {name: recipe["versions"][name] for name in ("torch-neuronx", "neuronx-cc")}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +17,9 @@ from neuron_xtts.backends.host.operators import HostOperators
 from neuron_xtts.backends.memory import lazy_zeros
 from neuron_xtts.buckets import Bucket, BucketPlan
 from neuron_xtts.errors import Fallback
+from neuron_xtts.graphs.operators import Graph
 from neuron_xtts.graphs.transformer import Decode, KeysAndValues, Trunk
-from neuron_xtts.graphs.vocoder import receptive_field
+from neuron_xtts.graphs.vocoder import Vocoder, halo_of
 from neuron_xtts.precision import HOST, HostPrecision
 
 logger = logging.getLogger(__name__)
@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 _WINDOWS = (*range(30, 241, 15), *range(270, 511, 30))
 
 
-def host_plan(graphs: Mapping[str, Any]) -> BucketPlan:
+def host_plan(graphs: Mapping[str, Graph]) -> BucketPlan:
     """The default plan: exact shapes, but for the vocoder."""
-    halo = max(receptive_field(graphs["vocoder"])) if "vocoder" in graphs else 0
+    halo = halo_of(graphs.values())
     return BucketPlan(vocoder=tuple(size for size in _WINDOWS if size > 2 * halo) or None)
 
 
@@ -49,7 +49,7 @@ class CpuBackend:
 
     def __init__(
         self,
-        graphs: Mapping[str, Any],
+        graphs: Mapping[str, Graph],
         plan: BucketPlan | None,
         precision: HostPrecision = HOST["fp32"],
         aside: Path | None = None,
@@ -57,18 +57,15 @@ class CpuBackend:
         self.plan = plan or host_plan(graphs)
         self.precision = precision.name
         self.unavailable: dict[tuple[str, Bucket], str] = {}
-        self._graphs = dict(graphs)
         self._linears = Linears(precision.linears, Aside(aside) if aside else None)
-        self._trunks: dict[str, Trunk] = {}
+        in_bf16 = precision.vocoder == "bf16" and cpu_has("avx512_bf16", "amx_bf16")
+        self._graphs: dict[str, Graph | HostVocoder] = {}
         for name, graph in graphs.items():
-            for module in graph.children():
-                if isinstance(module, Trunk):
-                    self._trunks[name] = module
-            if name != "vocoder":
+            if isinstance(graph, Vocoder):
+                self._graphs[name] = HostVocoder(graph, torch.bfloat16 if in_bf16 else torch.float32)
+            else:
                 graph.use(HostOperators(self._linears))
-        if "vocoder" in graphs:
-            in_bf16 = precision.vocoder == "bf16" and cpu_has("avx512_bf16", "amx_bf16")
-            self._graphs["vocoder"] = HostVocoder(graphs["vocoder"], torch.bfloat16 if in_bf16 else torch.float32)
+                self._graphs[name] = graph
         for name in graphs:
             with contextlib.suppress(Fallback):  # the calls will say so
                 self.check(name)
@@ -76,19 +73,23 @@ class CpuBackend:
     @property
     def copied(self) -> int:
         """See `Backend.copied`."""
-        vocoder = self._graphs.get("vocoder")
-        return self._linears.bytes + (vocoder.bytes if vocoder else 0)
+        vocoders = (graph for graph in self._graphs.values() if isinstance(graph, HostVocoder))
+        return self._linears.bytes + sum(vocoder.bytes for vocoder in vocoders)
 
     def check(self, graph: str) -> None:
         """See `Backend.check`: what was converted of other weights is converted again."""
-        if graph == "vocoder":
-            self._graphs[graph].convert()
-        elif graph in self._trunks:
-            self._linears.convert(self._trunks[graph].h)
+        found = self._graphs[graph]
+        if isinstance(found, HostVocoder):
+            found.convert()
+            return
+        for module in found.children():
+            if isinstance(module, Trunk):
+                self._linears.convert(module.h)
 
     def run(self, graph: str, bucket: Bucket, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         """See `Backend.run`."""
-        outputs: tuple[Tensor, ...] = self._graphs[graph](*inputs)
+        found: Callable[..., tuple[Tensor, ...]] = self._graphs[graph]
+        outputs = found(*inputs)
         return outputs
 
     def close(self) -> None:
@@ -96,14 +97,16 @@ class CpuBackend:
         if self._linears.aside:
             self._linears.aside.bring_back()
 
-    def new_state(self, rows: int, positions: int) -> HostState | OneRow:
+    def new_state(self, slots: int, capacity: int) -> HostState | OneRow:
         """See `Backend.new_state`."""
-        if rows == 1 and self.plan.decode is None:
+        decode = self._graphs["decode"]
+        assert isinstance(decode, Decode)
+        if slots == 1 and self.plan.decode is None:
             try:
-                return OneRow(self._graphs["decode"], self._linears, positions)
+                return OneRow(decode, self._linears, capacity)
             except LookupError as error:
                 logger.info("decoding operator by operator, which is slower: %s", error)
-        return HostState(self._graphs["decode"], rows, positions)
+        return HostState(decode, slots, capacity)
 
 
 class HostState:
@@ -122,15 +125,15 @@ class HostState:
         """See `DecodeState.capacity`."""
         return self._data.shape[3]
 
-    def fill(self, row: int, cache: KeysAndValues, length: int) -> None:
+    def fill(self, slot: int, cache: KeysAndValues, length: int) -> None:
         """See `DecodeState.fill`."""
-        for slots, tensor in zip(self._data[:, row], cache.together(), strict=True):
+        for slots, tensor in zip(self._data[:, slot], cache.together(), strict=True):
             slots[:, :length] = tensor[0, :, :length]
 
-    def grow(self, positions: int) -> None:
+    def grow(self, capacity: int) -> None:
         """See `DecodeState.grow`."""
         blocks, rows, heads, held, channels = self._data.shape
-        grown = lazy_zeros((blocks, rows, heads, rounded(positions, rows), channels), self._data.dtype)
+        grown = lazy_zeros((blocks, rows, heads, rounded(capacity, rows), channels), self._data.dtype)
         grown[:, :, :, :held] = self._data
         self._data = grown
 
@@ -140,6 +143,6 @@ class HostState:
         latents, logits = self._decode(embeds, positions, mask if mask.any() else None, *cache)
         return latents, logits
 
-    def cached(self, row: int, length: int) -> KeysAndValues:
+    def cached(self, slot: int, length: int) -> KeysAndValues:
         """See `DecodeState.cached`."""
-        return KeysAndValues.split(self._data[:, row, :, :length].unbind(0))
+        return KeysAndValues.split(self._data[:, slot, :, :length].unbind(0))

@@ -71,7 +71,7 @@ class OneRow:
         """See `DecodeState.capacity`."""
         return self._values.shape[2]
 
-    def fill(self, row: int, cache: KeysAndValues, length: int) -> None:
+    def fill(self, slot: int, cache: KeysAndValues, length: int) -> None:
         """See `DecodeState.fill`."""
         chunks = -(-length // WIDTH)
         for block, (k, v) in enumerate(cache.blocks()):
@@ -80,10 +80,10 @@ class OneRow:
             self._keys[block, :, :chunks] = padded.view(len(padded), chunks, WIDTH, -1).transpose(2, 3)
             self._values[block, :, :length] = values
 
-    def grow(self, positions: int) -> None:
+    def grow(self, capacity: int) -> None:
         """See `DecodeState.grow`."""
         keys, values = self._keys, self._values
-        self._allocate(positions)
+        self._allocate(capacity)
         self._keys[:, :, : keys.shape[2]] = keys
         self._values[:, :, : values.shape[2]] = values
 
@@ -101,7 +101,7 @@ class OneRow:
         )
         return self._decode.outputs(x)
 
-    def cached(self, row: int, length: int) -> KeysAndValues:
+    def cached(self, slot: int, length: int) -> KeysAndValues:
         """See `DecodeState.cached`."""
         keys = self._keys.transpose(3, 4).flatten(2, 3)  # (blocks, H, S, K)
         first = (tensor[:, :, :length].float().unbind(0) for tensor in (keys, self._values))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuron_xtts.backends.host.operators import HostOperators
 from neuron_xtts.backends.memory import lazy_zeros
 from neuron_xtts.backends.neuron.store import Artifact, Recipe, Store
 from neuron_xtts.backends.neuron.verification import deviation
@@ -62,6 +63,8 @@ class NeuronBackend:
         machine: str | None,
     ) -> None:
         self.graphs = graphs
+        for graph in graphs.values():
+            graph.use(HostOperators())  # what artifacts are compared with is not computed as they are
         self.plan = plan
         self.precision = precision.name
         self.unavailable: dict[tuple[str, Bucket], str] = {}
@@ -138,9 +141,9 @@ class NeuronBackend:
     def close(self) -> None:
         """See `Backend.close`: there is nothing to do."""
 
-    def new_state(self, rows: int, positions: int) -> NeuronState:
+    def new_state(self, slots: int, capacity: int) -> NeuronState:
         """See `Backend.new_state`. Several may be in use: what a graph holds of one moves to the host for another."""
-        return NeuronState(self, self._loaded, (rows, positions))
+        return NeuronState(self, self._loaded, (slots, capacity))
 
 
 class LoadedGraph:
@@ -270,18 +273,18 @@ class NeuronState:
         """See `DecodeState.capacity`."""
         return self._bucket[1]
 
-    def fill(self, row: int, cache: KeysAndValues, length: int) -> None:
+    def fill(self, slot: int, cache: KeysAndValues, length: int) -> None:
         """See `DecodeState.fill`."""
         if self._on_host is None:
             raise RuntimeError("rows are filled before the first step")
         self._length = max(self._length, length)
-        for slots, tensor in zip(self._on_host[:, row], cache.together(), strict=True):
+        for slots, tensor in zip(self._on_host[:, slot], cache.together(), strict=True):
             slots[:, :length] = tensor[0, :, :length].cpu()
 
-    def grow(self, positions: int) -> None:
+    def grow(self, capacity: int) -> None:
         """See `DecodeState.grow`."""
         contents = self._read()
-        self._enter((self._bucket[0], positions))
+        self._enter((self._bucket[0], capacity))
         self._copy_to_host(contents)
 
     def step(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -295,9 +298,9 @@ class NeuronState:
         self._length = max(self._length, int(positions.max()) + 1)
         return latents, logits
 
-    def cached(self, row: int, length: int) -> KeysAndValues:
+    def cached(self, slot: int, length: int) -> KeysAndValues:
         """See `DecodeState.cached`."""
-        return KeysAndValues.split([tensor[row, :, :length] for tensor in self._read()])
+        return KeysAndValues.split([tensor[slot, :, :length] for tensor in self._read()])
 
     def leave(self) -> None:
         """Make way for another call: move to the host."""

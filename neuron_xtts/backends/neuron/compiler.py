@@ -117,7 +117,7 @@ def make_recipes(
                 Recipe(
                     graph=name,
                     bucket=bucket,
-                    source=source_digest(name),
+                    source=source_digest(name, fill=has_small_kernel_defect(compiler)),
                     inputs=tuple((key, str(tensor.dtype), tuple(tensor.shape)) for key, tensor in inputs.items()),
                     states=graph.states,
                     weights=weights,

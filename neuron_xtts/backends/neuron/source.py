@@ -1,7 +1,9 @@
 """The source that shapes the program of a graph, and its digest: an artifact of another source is another artifact.
 
-That is the class of the graph, what traces it, and every function, class and constant that these use, as far as it
-belongs to ``neuron_xtts.graphs``; without docstrings, comments and types, and without methods that shape no program.
+That is the class of the graph, what makes it ready and traces it, and every function, class and constant that these
+use, as far as it belongs to ``neuron_xtts.graphs``; of operators those that the graph calls. Docstrings, comments,
+types and methods that shape no program are left out. The text is what Python makes of it, so another version of Python
+may find another digest.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ import hashlib
 import inspect
 import sys
 import textwrap
+from collections.abc import Iterator
+from typing import NamedTuple
 
-from neuron_xtts.backends.neuron.tracing import trace
+from neuron_xtts.backends.neuron.tracing import trace, traceable
 from neuron_xtts.graphs.catalogue import CATALOGUE
-from neuron_xtts.graphs.operators import Graph
+from neuron_xtts.graphs.operators import Graph, Operators
 
 _GRAPHS = "neuron_xtts.graphs."
 # Methods: of inputs a recipe has names, types and shapes; of layers the digest of weights has settings.
@@ -23,53 +27,71 @@ _SHAPES_NOTHING = {"example", "example_state", "extra_repr", "use"}
 
 
 @functools.cache
-def source_digest(graph: str) -> str:
-    """SHA-256 of the source that shapes the program of a graph, which is given by name."""
-    lines = (f"{name} = {source}" for name, source in sorted(shaping_source(graph).items()))
+def source_digest(graph: str, *, fill: bool) -> str:
+    """SHA-256 of the source that shapes the program of a graph.
+
+    Args:
+        graph: its name.
+        fill: as for `traceable`; it only matters to graphs that are made ready in a way of their own.
+    """
+    lines = [f"{name} = {source}" for name, source in sorted(shaping_source(graph).items())]
+    if CATALOGUE[graph].graph.lowerable is not Graph.lowerable:
+        lines.append(f"fill = {fill}")
     return hashlib.sha256("\0".join(lines).encode()).hexdigest()
 
 
 def shaping_source(graph: str) -> dict[str, str]:
-    """The source that shapes the program of a graph, by the name of what it defines."""
+    """The source that shapes the program of a graph, by the full name of what it defines."""
     found: dict[str, str] = {}
-    waiting: list[tuple[str, object]] = [(root.__name__, root) for root in (CATALOGUE[graph].graph, trace)]
+    waiting = [_Definition.of(root) for root in (CATALOGUE[graph].graph, traceable, trace)]
     while waiting:
-        name, value = waiting.pop()
-        if name in found:
+        definition = waiting.pop()
+        if definition.name in found:
             continue
-        if not (inspect.isclass(value) or inspect.isfunction(value)):
-            if type(value).__module__.startswith(_GRAPHS):  # an object made of a class there
-                waiting.append((type(value).__name__, type(value)))
-            else:
-                found[name] = repr(value)
+        if not (inspect.isclass(definition.value) or inspect.isroutine(definition.value)):
+            found[definition.name] = repr(definition.value)
             continue
-        tree = ast.parse(textwrap.dedent(inspect.getsource(value)))
-        known = vars(sys.modules[value.__module__])
+        tree = ast.parse(textwrap.dedent(inspect.getsource(definition.value)))
+        known = vars(sys.modules[definition.value.__module__])
         waiting += _parts(tree, known)
         bare = _Bare().visit(tree)
-        found[name] = ast.unparse(bare)
+        found[definition.name] = ast.unparse(bare)
         waiting += _used(bare, known)
     return found
 
 
-def _parts(tree: ast.AST, known: dict[str, object]) -> list[tuple[str, object]]:
+class _Definition(NamedTuple):
+    name: str
+    value: object
+
+    @classmethod
+    def of(cls, value: object) -> _Definition:
+        """The definition of a function or a class."""
+        return cls(f"{value.__module__}.{getattr(value, '__qualname__', '')}", value)
+
+
+def _parts(tree: ast.AST, known: dict[str, object]) -> Iterator[_Definition]:
     """The graphs that others are made of, which their constructors name as types alone."""
-    types = [node.annotation for node in ast.walk(tree) if isinstance(node, ast.arg) and node.annotation]
-    names = [node.id for type_ in types for node in ast.walk(type_) if isinstance(node, ast.Name)]
-    values = ((name, known.get(name)) for name in names)
-    return [(name, value) for name, value in values if isinstance(value, type) and issubclass(value, Graph)]
+    for argument in ast.walk(tree):
+        if isinstance(argument, ast.arg) and argument.annotation:
+            for node in ast.walk(argument.annotation):
+                value = known.get(node.id) if isinstance(node, ast.Name) else None
+                if isinstance(value, type) and issubclass(value, Graph):
+                    yield _Definition.of(value)
 
 
-def _used(tree: ast.AST, known: dict[str, object]) -> list[tuple[str, object]]:
-    """What a source uses of ``neuron_xtts.graphs``: functions and classes defined there, and constants."""
-    names = (node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in known)
-    return [(name, known[name]) for name in names if _is_of_graphs(known[name])]
-
-
-def _is_of_graphs(value: object) -> bool:
-    home = getattr(value, "__module__", None)
-    constant = home is None and not inspect.ismodule(value)
-    return constant or str(home).startswith(_GRAPHS)
+def _used(tree: ast.AST, known: dict[str, object]) -> Iterator[_Definition]:
+    """What a source uses of ``neuron_xtts.graphs``: functions, classes, constants, and the operators that it calls."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute) and node.value.attr == "operators":
+            yield _Definition.of(getattr(Operators, node.attr))
+        elif isinstance(node, ast.Name) and node.id in known:
+            value = known[node.id]
+            if inspect.isclass(value) or inspect.isroutine(value):
+                if value.__module__.startswith(_GRAPHS):
+                    yield _Definition.of(value)
+            elif isinstance(value, (bool, int, float, str, tuple)):
+                yield _Definition(f"{known['__name__']}.{node.id}", value)
 
 
 class _Bare(ast.NodeTransformer):

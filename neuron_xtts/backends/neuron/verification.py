@@ -12,7 +12,7 @@ from neuron_xtts.buckets import Bucket
 from neuron_xtts.graphs.operators import Graph
 from neuron_xtts.precision import Tolerance
 
-Runner = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
+Run = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Deviation:
 
 
 @torch.no_grad()
-def deviation(run: Runner, graph: Graph, bucket: Bucket) -> Deviation:
+def deviation(run: Run, graph: Graph, bucket: Bucket) -> Deviation:
     """Run a compiled graph and the same graph on the host on the same random inputs.
 
     Args:
