@@ -12,8 +12,11 @@ demo: .venv/ready ## speak one sentence with plain coqui-tts and patched, full s
 demo-small: .venv/ready ## speak one sentence with a small model, for a quick look
 	.venv/bin/neuron-xtts demo --small
 
-# What does not depend on the version of coqui-tts or transformers is tested once.
-INDEPENDENT := test_neuron_double.py test_compiler.py test_store.py test_device.py test_distribution.py
+# What depends on the versions of coqui-tts and transformers is tested on the newest as well, and what patches what is
+# theirs on the oldest; the rest is the same everywhere and tested once.
+NEWEST := tests/parity tests/unit/test_graphs.py tests/unit/test_onerow.py tests/neuron/test_lowering.py \
+	tests/tools/test_examples.py
+OLDEST := $(addprefix tests/parity/test_, api.py fallbacks.py parity.py stream.py)
 
 # In two processes; a group of tests that share what takes long to make is one process's.
 PYTEST := -m pytest --numprocesses 2 --dist loadgroup
@@ -26,8 +29,8 @@ quick: lint ## before a commit: lint, types, and the tests that are quick, on on
 
 test: lint .venv-next/ready .venv-oldest/ready ## everything: lint, types, and all tests, on three versions of coqui-tts
 	.venv/bin/python $(PYTEST)
-	.venv-next/bin/python $(PYTEST) $(INDEPENDENT:%=--ignore=tests/%)
-	.venv-oldest/bin/python $(PYTEST) tests/test_api.py tests/test_fallbacks.py tests/test_parity.py tests/test_stream.py
+	.venv-next/bin/python $(PYTEST) $(NEWEST)
+	.venv-oldest/bin/python $(PYTEST) $(OLDEST)
 
 lint: .venv/ready ## lint, format, types and the direction of imports, changing nothing
 	.venv/bin/ruff check .

@@ -221,7 +221,7 @@ def test_a_thousand_abandoned_streams(xtts, voice):
 @pytest.mark.skipif(not shutil.which("ffplay"), reason="ffplay is not installed")
 def test_the_recipes(tts, reference, tmp_path, monkeypatch):
     """The code of docs/streaming.md, as it stands there; the first block loads weights that are not to be had here."""
-    page = Path(__file__).parents[1] / "docs" / "streaming.md"
+    page = Path(__file__).parents[2] / "docs" / "streaming.md"
     _, play, write, stop = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SDL_AUDIODRIVER", "dummy")

@@ -21,7 +21,7 @@ from neuron_xtts.coqui.models import random_tts
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 TEXT = "the band plays."
 CODES = 21  # what coqui-tts makes of gpt_max_audio_tokens=24, if no stop code comes before

@@ -348,7 +348,7 @@ def test_every_reason_is_tested():
     reasons = {reason.partition("{}")[0] for reason in reasons_in_the_source()}
     tested = {reason for *_, reason in CASES.values()} | set(OTHER_REASONS)
     assert {reason for reason in reasons if not any(known.startswith(reason) for known in tested)} == set()
-    tests = "".join(path.read_text() for path in pathlib.Path(__file__).parent.glob("test_*.py"))
+    tests = "".join(path.read_text() for path in pathlib.Path(__file__).parents[1].rglob("test_*.py"))
     assert all(f"def {name}(" in tests for name in OTHER_REASONS.values())
 
 
@@ -388,7 +388,7 @@ def reasons_in_the_source():
 
 def test_every_reason_is_in_the_manual():
     """The table of docs/usage.md has every reason of the source, and no other; in it capitals and dots vary."""
-    page = (pathlib.Path(__file__).parents[1] / "docs" / "usage.md").read_text()
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "usage.md").read_text()
     table = page.partition("| reason | remedy |")[2].partition("\n\n")[0]
     cells = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
     written = {reason for cell in cells for reason in re.findall("`([^`]+)`", cell)}

@@ -13,7 +13,7 @@ import pytest
 
 import neuron_xtts
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 _GENERATED = ("build", "demo", "dist")
 
 
