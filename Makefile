@@ -18,8 +18,7 @@ NEWEST := tests/parity tests/unit/test_graphs.py tests/unit/test_onerow.py tests
 	tests/tools/test_examples.py
 OLDEST := $(addprefix tests/parity/test_, api.py fallbacks.py parity.py stream.py)
 
-# In two processes; a group of tests that share what takes long to make is one process's.
-PYTEST := -m pytest --numprocesses 2 --dist loadgroup
+PYTEST := -m pytest --numprocesses 2
 
 # Threads that spin while they wait take the processor from the processes that tests start side by side.
 quick test: export OMP_WAIT_POLICY = PASSIVE

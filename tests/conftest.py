@@ -7,6 +7,7 @@ import os
 import neuron_double
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 import neuron_xtts
@@ -23,18 +24,16 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 logging.getLogger("TTS").setLevel(logging.CRITICAL)
 
 
-# Fixtures that take long to make: the tests that need one are slow, and all in the process that makes it.
+# Fixtures that take long to make: the tests that need one are slow.
 LONG = ("compiled", "distribution", "wide")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups, and before -m selects
-def pytest_collection_modifyitems(config, items):
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
     """Mark what `LONG` fixtures make slow."""
     for item in items:
-        for fixture in set(LONG).intersection(item.fixturenames):
+        if not set(LONG).isdisjoint(item.fixturenames):
             item.add_marker(pytest.mark.slow)
-            if config.pluginmanager.hasplugin("xdist"):
-                item.add_marker(pytest.mark.xdist_group(fixture))
 
 
 @pytest.fixture(scope="session")
@@ -103,14 +102,19 @@ def on_neuron(folder, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def compiled(tts_original, neuron_root, small_plan):
-    """A store with every graph of `small_plan` for `tts_original`, compiled and verified. Copy it to spoil it."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for _ in on_neuron(neuron_root, monkeypatch):
-            store = neuron_root / "store"
-            summary = neuron_xtts.compile(
-                tts_original, backend="neuron", buckets=small_plan, store=store, jobs=2, progress=False
-            )
-            assert summary.ok, summary
-            assert {entry.reason for entry in summary.entries} == {None}, summary
+def compiled(tts_original, neuron_root, small_plan, tmp_path_factory):
+    """A store with every graph of `small_plan` for `tts_original`, compiled and verified. Copy it to spoil it.
+
+    Processes that run tests side by side share it: whoever needs it first makes it, while the others wait.
+    """
+    base = tmp_path_factory.getbasetemp()
+    store = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    with FileLock(f"{store}.lock"), pytest.MonkeyPatch.context() as monkeypatch:
+        if not store.exists():
+            for _ in on_neuron(neuron_root, monkeypatch):
+                summary = neuron_xtts.compile(
+                    tts_original, backend="neuron", buckets=small_plan, store=store, jobs=2, progress=False
+                )
+                assert summary.ok, summary
+                assert {entry.reason for entry in summary.entries} == {None}, summary
     return store
