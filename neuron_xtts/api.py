@@ -72,7 +72,7 @@ def patch(
 
 
 def compile(
-    model: Any,
+    model: object,
     *,
     backend: str = "auto",
     precision: str | Precision = "fp32",
@@ -168,7 +168,7 @@ def patched(model: Model, **options: Any) -> Iterator[Model]:
         unpatch(model)
 
 
-def is_patched(model: Any) -> bool:
+def is_patched(model: object) -> bool:
     """Whether any route of ``model`` leads to graphs.
 
     Args:
@@ -181,7 +181,7 @@ def is_patched(model: Any) -> bool:
     return found is not None and len(found.gone(xtts)) < found.installed
 
 
-def report(model: Any) -> Report:
+def report(model: object) -> Report:
     """What ran where since ``model`` was patched, and why not in a graph.
 
     Args:

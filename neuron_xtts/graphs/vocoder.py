@@ -138,7 +138,7 @@ def fold_weight_norm(vocoder: Vocoder) -> Vocoder:
     return folded
 
 
-def plain_block(block: Any) -> nn.Module:
+def plain_block(block: nn.Module) -> nn.Module:
     """A residual block with the same convolutions that is of torch alone: a process that loads it needs no more."""
     plain = nn.Module()
     for name in ("convs1", "convs2") if hasattr(block, "convs1") else ("convs",):
@@ -204,10 +204,10 @@ def halo_of(graphs: Iterable[nn.Module]) -> int:
     return max((max(receptive_field(graph)) for graph in graphs if isinstance(graph, Vocoder)), default=0)
 
 
-def _radius(conv: Any) -> int:
+def _radius(conv: nn.Conv1d) -> int:
     radius: int = conv.dilation[0] * (conv.kernel_size[0] - 1) // 2
     return radius
 
 
-def _widen(span: tuple[int, int], conv: Any) -> tuple[int, int]:
+def _widen(span: tuple[int, int], conv: nn.Conv1d) -> tuple[int, int]:
     return span[0] - _radius(conv), span[1] + _radius(conv)

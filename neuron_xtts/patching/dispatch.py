@@ -70,7 +70,7 @@ class Dispatcher:
         own = partial(route.own(self.context, method), *args, **kwargs)
         return self._by_kind[route.kind](route.name, graphs, own)
 
-    def _whole(self, name: str, graphs: Call, own: Call) -> Any:
+    def _whole(self, name: str, graphs: Call, own: Call) -> object:
         """A result at once."""
         if self._disabled(name):
             return own()
@@ -86,16 +86,16 @@ class Dispatcher:
             finally:
                 self._serving = False
 
-    def _steps(self, name: str, graphs: Call, own: Call) -> Iterator[Any]:
+    def _steps(self, name: str, graphs: Call, own: Call) -> Iterator[object]:
         """An iterator. The lock is not held while the caller has a step."""
-        theirs: Iterator[Any] = own()
+        theirs: Iterator[object] = own()
         if self._disabled(name):
             return theirs
         with self._lock, contextlib.suppress(_FellBack), self._attempt(name):
             return self._stream(name, graphs(), theirs)
         return theirs
 
-    def _stream(self, name: str, ours: Iterator[Any], theirs: Iterator[Any]) -> Iterator[Any]:
+    def _stream(self, name: str, ours: Iterator[object], theirs: Iterator[object]) -> Iterator[object]:
         """The steps of graphs; after one that fails, coqui-tts's own, as if they had been asked from the start."""
         first = torch.get_rng_state()
         given = 0
@@ -119,7 +119,7 @@ class Dispatcher:
             torch.set_rng_state(now)
         yield from self._locked(theirs)
 
-    def _guarded(self, name: str, steps: Iterator[Any]) -> Iterator[Any]:
+    def _guarded(self, name: str, steps: Iterator[object]) -> Iterator[object]:
         """Steps of graphs, each timed; raises `_FellBack` where one fails."""
         end = object()
         while True:
@@ -129,7 +129,7 @@ class Dispatcher:
                 return
             yield step
 
-    def _locked(self, steps: Iterator[Any]) -> Iterator[Any]:
+    def _locked(self, steps: Iterator[object]) -> Iterator[object]:
         """Steps of coqui-tts."""
         end = object()
         while True:
@@ -139,7 +139,7 @@ class Dispatcher:
                 return
             yield step
 
-    def _remembered(self, name: str, key: Call, own: Call) -> Any:
+    def _remembered(self, name: str, key: Call, own: Call) -> object:
         """What coqui-tts made of the same before, or makes now; no error with ``strict``: no graph was passed over."""
         memo = self.context.voices[name]
         if not memo.size:
@@ -166,11 +166,10 @@ class Dispatcher:
         except Fallback as fallback:
             return None, str(fallback)
 
-    def _served(self, name: str, result: Any) -> Any:
+    def _served(self, name: str, result: object) -> object:
         """Count a call as served; returns the result itself."""
-        handed_over = isinstance(result, HandedOver)
-        self.counters.served(name, handed_over=handed_over)
-        return result.result if handed_over else result
+        self.counters.served(name, handed_over=isinstance(result, HandedOver))
+        return result.result if isinstance(result, HandedOver) else result
 
     def _disabled(self, name: str) -> bool:
         if not disabled():

@@ -30,14 +30,14 @@ class RouteProxy(wrapt.FunctionWrapper):  # type: ignore[type-arg]  # not subscr
             methods lead back to the module.
     """
 
-    _self_owner: Any = None
+    _self_owner: object = None
     _self_previous: Any = _ABSENT
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self, memo: dict[int, object]) -> object:
         # copy.deepcopy binds the method to the copied module, which is in memo before its __dict__ is copied.
         return copy.deepcopy(self.__wrapped__, memo)
 
-    def __copy__(self) -> Any:
+    def __copy__(self) -> object:
         return self.__wrapped__
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -45,7 +45,7 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def key(self, recording: str, identify: Callable[[Any], Hashable]) -> Hashable:
+    def key(self, recording: str, identify: Callable[[object], Hashable]) -> Hashable:
         """Everything that the result depends on. Raises `Fallback` if it cannot be said.
 
         Args:
@@ -90,7 +90,7 @@ def _files(recording: Any) -> Hashable:
     return tuple(file_digest(Path(path)) for path in paths)
 
 
-def _samples(recording: Any) -> Hashable:
+def _samples(recording: object) -> Hashable:
     """The digest of the samples."""
     if not isinstance(recording, Tensor):
         raise Fallback("a reference that is not a tensor")

@@ -9,7 +9,6 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -19,7 +18,7 @@ from neuron_xtts.backends.neuron.store import Store
 from neuron_xtts.buckets import bucket_name
 from neuron_xtts.coqui.find import SUPPORTED
 from neuron_xtts.coqui.recognise import make_graphs
-from neuron_xtts.coqui.surface import Networks
+from neuron_xtts.coqui.surface import Networks, Xtts
 from neuron_xtts.errors import describe
 from neuron_xtts.options import Options
 from neuron_xtts.tables import table
@@ -36,7 +35,7 @@ _VARIABLES = (
 )
 
 
-def examine(store: Store, model: Any = None, options: Options | None = None) -> tuple[str, list[str]]:
+def examine(store: Store, model: Xtts | None = None, options: Options | None = None) -> tuple[str, list[str]]:
     """Look at everything that decides how this library works here.
 
     Args:
@@ -104,7 +103,7 @@ def _store(store: Store) -> Iterator[tuple[str, ...]]:
     yield "free on that disk", f"{shutil.disk_usage(there).free / 1e9:.1f} GB"
 
 
-def _graphs(model: Any, options: Options) -> Iterator[tuple[str, ...]]:
+def _graphs(model: Xtts, options: Options) -> Iterator[tuple[str, ...]]:
     """The state of every graph that a patch with these options would load."""
     graphs, missing = make_graphs(Networks.of(model))
     for recipe in options.recipes(graphs):

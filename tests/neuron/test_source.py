@@ -74,6 +74,7 @@ def digests(folder):
     return json.loads(found.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edit(package, name):
     path, before, after, changed = EDITS[name]

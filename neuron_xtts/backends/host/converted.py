@@ -21,12 +21,15 @@ from transformers.pytorch_utils import Conv1D
 from neuron_xtts.backends.host.kernels import linear, multiply, pack, row_layer
 from neuron_xtts.backends.host.operators import HostOperators, Padding
 from neuron_xtts.coqui.hooks import is_hooked
-from neuron_xtts.coqui.weights import stamp, tensors_of
+from neuron_xtts.coqui.weights import Stamp, stamp, tensors_of
 from neuron_xtts.errors import Fallback
+from neuron_xtts.graphs.transformer import Block
 from neuron_xtts.graphs.vocoder import Vocoder, fold_weight_norm
 from neuron_xtts.precision import WEIGHT_BYTES
 
 logger = logging.getLogger(__name__)
+
+State = tuple[tuple[int, ...], Stamp]  # of what was converted: changes when a layer or a weight is another
 
 
 class Aside:
@@ -84,18 +87,18 @@ class Linears:
         self.kind = kind
         self.aside = aside
         self.bytes = 0
-        self._packed: dict[nn.Module, Any] = {}
-        self._stamp: Any = None
+        self._packed: dict[nn.Module, torch.ScriptObject] = {}
+        self._stamp: State | None = None
 
-    def convert(self, blocks: Iterable[Any]) -> None:
+    def convert(self, blocks: Iterable[Block]) -> None:
         """Make copies of the weights of GPT-2 blocks, unless they are there."""
         if self.kind == "fp32":
             return
-        layers = [layer for block in blocks for layer in linears_of(block)]
+        layers: list[Any] = [layer for block in blocks for layer in linears_of(block)]
         # Another kind of layer computes as it likes; with weights of another kind the route falls back.
         layers = [layer for layer in layers if type(layer) is Conv1D and is_plain(layer)]
 
-        def state() -> Any:
+        def state() -> State:
             return tuple(map(id, layers)), stamp(tensor for layer in layers for tensor in tensors_of(layer))
 
         if state() == self._stamp:
@@ -138,7 +141,7 @@ class Linears:
         raise LookupError(f"a {type(module).__name__} with hooks, or of another kind")
 
 
-def linears_of(block: Any) -> tuple[Any, ...]:
+def linears_of(block: Block) -> tuple[nn.Module, ...]:
     """The linear layers of a GPT-2 block, in the order in which they are applied."""
     return block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
 
@@ -158,8 +161,8 @@ class HostVocoder:
         self.vocoder = vocoder
         self.dtype = dtype
         self.bytes = 0
-        self._stamp: Any = None
-        self._copy: Any = None
+        self._stamp: State | None = None
+        self._copy: Vocoder | None = None
 
     @torch.no_grad()
     def convert(self) -> None:
@@ -190,6 +193,7 @@ class HostVocoder:
         frames, speaker = frames.unsqueeze(2).to(self.dtype), speaker.unsqueeze(2).to(self.dtype)
         used = frames.shape[-1] if mask is None else int(mask.sum())
         padding = Padding(used) if used < frames.shape[-1] else None
+        assert self._copy is not None  # `convert` came first
         (audio,) = self._copy(frames.contiguous(memory_format=torch.channels_last), speaker, padding)
         return (audio.squeeze(2),)
 

@@ -77,7 +77,7 @@ def _every_row(rows: int, bags: int) -> tuple[Tensor, Tensor]:
     return torch.arange(rows), torch.arange(bags) * (rows // bags)
 
 
-def pack(kind: str, weight: Tensor, bias: Tensor) -> Any:
+def pack(kind: str, weight: Tensor, bias: Tensor) -> torch.ScriptObject:
     """Weights (channels in, channels out) and bias for `multiply`.
 
     Args:
@@ -87,14 +87,16 @@ def pack(kind: str, weight: Tensor, bias: Tensor) -> Any:
     """
     transposed = weight.t().contiguous()  # (channels out, channels in)
     if kind == "fp16":
-        return torch.ops.quantized.linear_prepack_fp16(transposed, bias)
+        half: torch.ScriptObject = torch.ops.quantized.linear_prepack_fp16(transposed, bias)
+        return half
     scales = transposed.abs().amax(1).clamp_min(1e-12) / 127
     zeros = torch.zeros(len(scales), dtype=torch.long)
     quantized = torch.quantize_per_channel(transposed, scales.double(), zeros, 0, torch.qint8)
-    return torch.ops.quantized.linear_prepack(quantized, bias)
+    packed: torch.ScriptObject = torch.ops.quantized.linear_prepack(quantized, bias)
+    return packed
 
 
-def multiply(kind: str, x: Tensor, packed: Any, bias: Tensor) -> Tensor:
+def multiply(kind: str, x: Tensor, packed: torch.ScriptObject, bias: Tensor) -> Tensor:
     """``x @ weight + bias`` with what `pack` made of them: in fp32 with weights in fp16, or in int8.
 
     In int8 every row of ``x`` has a scale of its own, found when it comes: rows do not know of each other.

@@ -123,7 +123,7 @@ class Artifact:
             self.set_aside()
             raise ArtifactError(f"artifact {self.folder.name} is corrupt: its checksum is not that of its manifest")
 
-    def record(self, **changes: Any) -> None:
+    def record(self, **changes: object) -> None:
         """Change the manifest, at once or not at all; a store that cannot be written stays as it is."""
         self.manifest |= changes
         try:
@@ -169,7 +169,7 @@ class Store:
         nearest = min(differences, key=len)
         return "compiled for something else: " + ", ".join(names.get(name, f"another {name}") for name in nearest)
 
-    def publish(self, folder: Path, recipe: Recipe, **facts: Any) -> Artifact:
+    def publish(self, folder: Path, recipe: Recipe, **facts: object) -> Artifact:
         """Make an artifact of a folder that holds its `MODEL`, and put it in place.
 
         Args:
@@ -234,7 +234,7 @@ class Store:
         return sorted(path for path in self.root.glob("*-*-*") if path.is_dir())
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: object) -> None:
     """Write JSON so that a reader sees the old file or the new one."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
         json.dump(data, file, indent=2)

@@ -65,7 +65,7 @@ class Results:
         """All samples, and the figures made of them, as plain data."""
         return asdict(self) | {"medians": self.medians()}
 
-    def unpatch(self, xtts: Any, variant: str) -> None:
+    def unpatch(self, xtts: object, variant: str) -> None:
         """Unpatch ``xtts``, and note what fell back while it was patched as ``variant``."""
         noted = self.fallbacks.setdefault(variant, {})
         for route, counts in neuron_xtts.report(xtts).routes.items():

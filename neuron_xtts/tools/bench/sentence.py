@@ -63,7 +63,7 @@ def speak(xtts: Any, voice: Voice, codes: int) -> dict[str, float]:
     }
 
 
-def decoded(xtts: Any) -> tuple[float, float]:
+def decoded(xtts: object) -> tuple[float, float]:
     """How often the decode graph has run so far, and seconds in those runs."""
     counts = neuron_xtts.report(xtts).graphs.get("decode", {}).values()
     return sum(count.runs for count in counts), sum(count.seconds for count in counts)

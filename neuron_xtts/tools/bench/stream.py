@@ -196,6 +196,6 @@ def bench_stream(
     return results
 
 
-def vocoded(xtts: Any) -> int:
+def vocoded(xtts: object) -> int:
     """Vocoder frames that graphs computed so far, halo and padding included."""
     return sum(counts.padded for counts in neuron_xtts.report(xtts).graphs.get("vocoder", {}).values())
