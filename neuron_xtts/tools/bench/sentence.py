@@ -42,10 +42,15 @@ def speak(xtts: Any, voice: Voice, codes: int) -> dict[str, float]:
         that, on average, is not in the decode graph (0 for coqui-tts, whose time is not told apart).
     """
     ticks: list[float] = []
-    # Every code is embedded once, patched or not.
-    hook = xtts.gpt.mel_embedding.register_forward_hook(lambda *_: ticks.append(time.perf_counter()))
+    marks: list[tuple[float, float]] = []
+
+    def tick(*_: object) -> None:
+        ticks.append(time.perf_counter())
+        if len(ticks) in (2, codes):  # the ends of what is told apart: a pause elsewhere is no part of it
+            marks.append(decoded(xtts))
+
+    hook = xtts.gpt.mel_embedding.register_forward_hook(tick)  # every code is embedded once, patched or not
     torch.manual_seed(codes)  # what begins alike would share audio
-    runs, decoding = decoded(xtts)
     try:
         with Stopwatch(xtts) as stopwatch:
             start = time.perf_counter()
@@ -54,7 +59,7 @@ def speak(xtts: Any, voice: Voice, codes: int) -> dict[str, float]:
     finally:
         hook.remove()
     intervals = [b - a for a, b in itertools.pairwise(ticks[1:codes])]
-    runs, decoding = (now - before for now, before in zip(decoded(xtts), (runs, decoding), strict=True))
+    runs, decoding = (now - before for before, now in zip(marks[0], marks[-1], strict=True))
     return {
         "sentence": seconds,
         **{stage: stopwatch.seconds[stage] for stage in STAGES},
