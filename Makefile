@@ -14,8 +14,8 @@ demo-small: .venv/ready ## speak one sentence with a small model, for a quick lo
 
 # What depends on the versions of coqui-tts and transformers is tested on the newest as well, and what patches what is
 # theirs on the oldest; the rest is the same everywhere and tested once.
-NEWEST := tests/parity tests/unit/test_graphs.py tests/unit/test_onerow.py tests/neuron/test_lowering.py \
-	tests/tools/test_examples.py
+NEWEST := tests/parity $(addprefix tests/unit/test_, decoding.py graphs.py onerow.py) \
+	$(addprefix tests/neuron/test_, lowering.py neuron.py) $(addprefix tests/tools/test_, cli.py examples.py)
 OLDEST := $(addprefix tests/parity/test_, api.py fallbacks.py parity.py stream.py)
 
 PYTEST := -m pytest --numprocesses 2

@@ -39,7 +39,11 @@ class Runner:
         graphs, self._unfit = make_graphs(networks)
         self.halo = halo_of(graphs.values())
         self.backend = make_backend(graphs)
-        check_windows(self.backend.plan, self.halo)
+        try:
+            check_windows(self.backend.plan, self.halo)
+        except ValueError:
+            self.backend.close()
+            raise
         self.buckets = Buckets(self.backend.plan, self.backend.unavailable)
         self.counters = RunCounters()
         families = {CATALOGUE[name].family for name in graphs}

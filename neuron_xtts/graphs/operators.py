@@ -79,7 +79,7 @@ class Graph(nn.Module):
         return []
 
     def lowerable(self, *, fill: bool) -> Graph:
-        """The same program with operators that lower; this graph and the model stay as they are.
+        """The same program with layers that lower; this graph and the model stay as they are.
 
         Args:
             fill: put zeros between the taps of convolutions whose kernel is smaller than their dilation.

@@ -51,9 +51,14 @@ class Installation:
     Args:
         module: the module whose method is to be routed.
         method: its name.
+
+    Raises:
+        AttributeError: there is no such method.
     """
 
     def __init__(self, module: nn.Module, method: str) -> None:
+        if not hasattr(module, method):
+            raise AttributeError(f"a {type(module).__name__} without {method}() cannot be patched")
         self._module = weakref.ref(module)
         self._proxy: weakref.ref[RouteProxy] | None = None
         self.method = method

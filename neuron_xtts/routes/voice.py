@@ -66,7 +66,7 @@ class _Call:
         except TypeError:
             raise Fallback("arguments that the method does not take") from None
         call.apply_defaults()
-        content = identify(call.arguments.pop(recording))
+        content = identify(call.arguments.pop(recording, None))  # a wrapper may hide its name
         # By repr: 6 is not 6.0, with which coqui-tts raises.
         return content, repr(call.arguments), tuple(map(id, modules)), stamp(tensors)
 

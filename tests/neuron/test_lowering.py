@@ -21,7 +21,7 @@ from neuron_xtts.backends.neuron.tracing import traceable
 from neuron_xtts.buckets import bucket_name
 from neuron_xtts.coqui.recognise import make_graphs
 from neuron_xtts.coqui.surface import Networks
-from neuron_xtts.graphs.operators import Graph
+from neuron_xtts.graphs.operators import PLAIN, Graph
 from neuron_xtts.graphs.transformer import StatefulDecode
 from neuron_xtts.graphs.vocoder import Vocoder, fold_weight_norm
 from neuron_xtts.tools.cli import main
@@ -81,6 +81,16 @@ def test_what_was_lowered_computes_the_same(graphs):
         assert len(outputs) == len(expected)
         for ours, theirs in zip(outputs, expected, strict=True):
             torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=1e-5)
+
+
+def test_plain_operators_are_compiled(graphs):
+    """Whatever the graphs that are handed over compute with, which they go on with."""
+    theirs = copy.deepcopy(graphs)
+    for graph in theirs.values():
+        graph.use(HostOperators())
+    for graph in traceable(theirs, fill=True).values():
+        assert all(module.operators is PLAIN for module in graph.modules() if isinstance(module, Graph))
+    assert all(type(graph.operators) is HostOperators for graph in theirs.values())
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from helpers import all_fallbacks, assert_identical, dicts, fallbacks, speak, st
 
 import neuron_xtts
 from neuron_xtts import BucketPlan, Precision
+from neuron_xtts.backends.host.backend import CpuBackend
 from neuron_xtts.backends.host.converted import HostVocoder, linears_of
 from neuron_xtts.backends.host.kernels import multiply, pack
 from neuron_xtts.backends.neuron.verification import correlation
@@ -296,3 +297,16 @@ def test_a_full_disk(xtts, voice, tmp_path, monkeypatch, caplog):
     assert caplog.text.count("fp32 weights stay in memory: [Errno 28] No space left on device") == 1
     speak(xtts, voice, max_new_tokens=5)
     neuron_xtts.unpatch(xtts)
+
+
+def test_a_patch_that_is_refused_brings_weights_back(xtts, tmp_path, monkeypatch):
+    """The window has no room beside its halo, which is found when the weights have been moved."""
+    weight, moved = xtts.gpt.gpt.h[0].mlp.c_fc.weight, []
+    close = CpuBackend.close
+    monkeypatch.setattr(CpuBackend, "close", lambda self: moved.append(mapped(weight)) or close(self))
+    options = {"backend": "cpu", "precision": Precision("int8", release=True), "store": tmp_path}
+    with pytest.raises(ValueError, match="has a window of 5 frames"):
+        neuron_xtts.patch(xtts, buckets=BucketPlan(vocoder=(5,)), **options)
+    assert moved == [True]
+    assert not mapped(weight)
+    assert not neuron_xtts.is_patched(xtts)

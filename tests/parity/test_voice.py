@@ -308,6 +308,18 @@ def test_threads(xtts, plain, recording):
     assert counts(xtts) == (3, 1)
 
 
+def test_a_wrapper_that_hides_the_arguments(xtts, recording):
+    """Its voices are computed each time, and the report says why."""
+    own = xtts.get_conditioning_latents
+    theirs = own(str(recording))
+    xtts.get_conditioning_latents = lambda *args, **kwargs: own(*args, **kwargs)
+    neuron_xtts.patch(xtts)
+    for _ in range(2):
+        for ours, expected in zip(xtts.get_conditioning_latents(str(recording)), theirs, strict=True):
+            torch.testing.assert_close(ours, expected)
+    assert fallbacks(xtts, LATENTS) == {"a reference that is not a file": 2}
+
+
 def test_a_method_wrapped_before_the_patch(xtts, recording):
     """The defaults and the arguments are those of what is really called."""
     own = xtts.get_conditioning_latents

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from neuron_xtts.backends.neuron.tracing import trace, traceable
 from neuron_xtts.graphs.catalogue import CATALOGUE
-from neuron_xtts.graphs.operators import Graph, Operators
+from neuron_xtts.graphs.operators import PLAIN, Graph
 
 _GRAPHS = "neuron_xtts.graphs."
 # Methods: of inputs a recipe has names, types and shapes; of layers the digest of weights has settings.
@@ -84,7 +84,7 @@ def _used(tree: ast.AST, known: dict[str, object]) -> Iterator[_Definition]:
     """What a source uses of ``neuron_xtts.graphs``: functions, classes, constants, and the operators that it calls."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute) and node.value.attr == "operators":
-            yield _Definition.of(getattr(Operators, node.attr))
+            yield _Definition.of(getattr(type(PLAIN), node.attr))
         elif isinstance(node, ast.Name) and node.id in known:
             value = known[node.id]
             if inspect.isclass(value) or inspect.isroutine(value):
@@ -92,6 +92,13 @@ def _used(tree: ast.AST, known: dict[str, object]) -> Iterator[_Definition]:
                     yield _Definition.of(value)
             elif isinstance(value, (bool, int, float, str, tuple)):
                 yield _Definition(f"{known['__name__']}.{node.id}", value)
+            elif value is not PLAIN and _home(value).startswith(_GRAPHS):
+                raise TypeError(f"{node.id}, a {type(value).__name__}, cannot be told apart by its source")
+
+
+def _home(value: object) -> str:
+    """The module that a value belongs to, or is; where it does not say, it may be one of graphs."""
+    return value.__name__ if inspect.ismodule(value) else str(getattr(value, "__module__", _GRAPHS))
 
 
 class _Bare(ast.NodeTransformer):

@@ -13,18 +13,21 @@ import torch
 
 from neuron_xtts.buckets import Bucket
 from neuron_xtts.coqui.hooks import without_recorders
-from neuron_xtts.graphs.operators import Graph
+from neuron_xtts.graphs.operators import PLAIN, Graph
 from neuron_xtts.graphs.transformer import OUTPUTS
 
 
 def traceable(graphs: Mapping[str, Graph], *, fill: bool = False) -> dict[str, Graph]:
-    """The graphs with operators that lower, and without what cannot be pickled; the originals stay as they are.
+    """The graphs with plain operators, which lower, and without what cannot be pickled; the originals stay as they are.
 
     Args:
         graphs: by name, as `make_graphs` makes them.
         fill: as for `Graph.lowerable`.
     """
-    return {name: without_recorders(graph.lowerable(fill=fill)) for name, graph in graphs.items()}
+    found = {name: without_recorders(graph.lowerable(fill=fill)) for name, graph in graphs.items()}
+    for graph in found.values():
+        graph.use(PLAIN)
+    return found
 
 
 def trace(graph: Graph, bucket: Bucket, workdir: Path, arguments: Sequence[str]) -> torch.jit.ScriptModule:
