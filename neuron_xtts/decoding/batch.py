@@ -85,7 +85,8 @@ class Batch:
         _, width = self._runner.buckets.choose("decode", len(positions), max(positions) + 1, exact=1)
         if width > self._state.capacity:
             self._state.grow(width)
-        if slots != list(range(len(positions))):
+        scattered = slots != list(range(len(positions)))  # or some slots have no row that steps
+        if scattered:
             spread = embeds.new_zeros(len(positions), *embeds.shape[1:])
             spread[slots] = embeds
             embeds = spread
@@ -95,7 +96,7 @@ class Batch:
         )
         for row in rows:
             row.position += 1
-        if slots != list(range(len(positions))):
+        if scattered:
             latents, logits = latents[slots], logits[slots]
         return _finite(latents, logits)
 
