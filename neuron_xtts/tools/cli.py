@@ -108,6 +108,12 @@ def _add_bench(subparsers: Subparsers) -> None:
         "--codes", type=_positive, nargs="+", help="of each sentence or stream (default: 50 100 200 400; 100 300 600)"
     )
     bench.add_argument(
+        "--texts",
+        type=Path,
+        metavar="FILE",
+        help="sentences, one a line, to speak until they end by themselves, in place of --codes: for trained weights",
+    )
+    bench.add_argument(
         "--chunk", type=_positive, default=STREAM_CHUNK, help="codes per chunk of a stream (default: %(default)s)"
     )
     bench.add_argument(

@@ -15,7 +15,7 @@ from neuron_xtts.backends.neuron.compiler import lower_all
 from neuron_xtts.backends.neuron.lowering import Lowering, frontend
 from neuron_xtts.backends.neuron.store import Store
 from neuron_xtts.buckets import BucketPlan
-from neuron_xtts.coqui.models import SENTENCES, load_or_make
+from neuron_xtts.coqui.models import load_or_make
 from neuron_xtts.coqui.recognise import make_graphs
 from neuron_xtts.coqui.surface import Networks
 from neuron_xtts.errors import NeuronMissingError
@@ -37,7 +37,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
             small=arguments.small,
             checkpoint=arguments.checkpoint,
             speaker_wav=arguments.speaker_wav,
-            text=arguments.text or SENTENCES[0],
+            text=arguments.text,
             language=arguments.language,
             codes=arguments.codes,
             seed=arguments.seed,
@@ -67,6 +67,7 @@ def _measure(arguments: argparse.Namespace) -> Results:
     if arguments.what == "stream":
         return stream.bench_stream(
             lengths=arguments.codes or stream.LENGTHS,
+            texts=_texts(arguments),
             size=arguments.chunk,
             rounds=arguments.rounds,
             small=small,
@@ -85,6 +86,7 @@ def _measure(arguments: argparse.Namespace) -> Results:
         )
     return sentence.bench_sentence(
         lengths=arguments.codes or sentence.LENGTHS,
+        texts=_texts(arguments),
         rounds=arguments.rounds,
         precisions=precisions,
         small=small,
@@ -92,6 +94,16 @@ def _measure(arguments: argparse.Namespace) -> Results:
         memory=on_host,
         options=options,
     )
+
+
+def _texts(arguments: argparse.Namespace) -> list[str]:
+    """The lines of the file that was named, but for empty ones."""
+    if arguments.texts is None:
+        return []
+    texts = [line.strip() for line in arguments.texts.read_text().splitlines() if line.strip()]
+    if not texts:
+        raise ValueError(f"{arguments.texts} has no text; expected one sentence a line")
+    return texts
 
 
 def run_compile(arguments: argparse.Namespace) -> int:

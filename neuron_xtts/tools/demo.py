@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import neuron_xtts
 from neuron_xtts.coqui.constants import OUTPUT_RATE
-from neuron_xtts.coqui.models import SENTENCES, load_or_make
+from neuron_xtts.coqui.models import SENTENCES, find_miniature, load_or_make, load_tts, miniature
 from neuron_xtts.options import PatchOptions
 from neuron_xtts.tables import table
 from neuron_xtts.tools.recordings import write_reference, write_wav
@@ -21,6 +21,11 @@ from neuron_xtts.tools.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing since Python 3.11
+
+
+# A sentence of the miniature's world, and the file of a voice in its folder.
+MINIATURE_TEXT = "Hello and welcome, my friend, this is a small voice from a machine."
+MINIATURE_VOICE = "f5.wav"
 
 
 @dataclass
@@ -80,18 +85,22 @@ def run(
     small: bool = False,
     checkpoint: Path | None = None,
     speaker_wav: Path | None = None,
-    text: str = SENTENCES[0],
+    text: str | None = None,
     language: str = "en",
     codes: int = 100,
     seed: int = 1,
     **options: Unpack[PatchOptions],
 ) -> str:
-    """Speak one sentence with plain coqui-tts and patched, write both to files, and compare them.
+    """Speak a sentence with plain coqui-tts and patched, write both to files, and compare them.
+
+    By default the miniature speaks, whose words can be understood, and then a model of full size with random weights,
+    whose times are those of XTTS v2.
 
     Args:
-        out: the folder for what is written: plain.wav, patched.wav and, unless one is given, reference.wav.
-        small: a small model instead of one of full size.
-        checkpoint: the folder of a real XTTS v2 checkpoint; by default the weights are random.
+        out: the folder for what is written: plain.wav and patched.wav; of the model of full size full-plain.wav,
+            full-patched.wav and, unless a recording is given, reference.wav.
+        small: the miniature alone.
+        checkpoint: the folder of an XTTS v2 checkpoint, to hear that one alone.
         speaker_wav: a recording of the voice to clone.
         text: one sentence.
         language: the language of the sentence, as coqui-tts abbreviates it.
@@ -100,32 +109,87 @@ def run(
         options: keyword arguments of `neuron_xtts.patch`.
 
     Returns:
-        a side-by-side table and the report.
+        for each model a side-by-side table and the report.
+
+    Raises:
+        FileNotFoundError: ``checkpoint`` lacks a file of those that coqui-tts downloads; or the miniature, which is no
+            part of the installed package, is not there.
     """
     out.mkdir(parents=True, exist_ok=True)
-    tts = load_or_make(checkpoint, small)
-    if speaker_wav is None:
-        speaker_wav = out / "reference.wav"
-        write_reference(speaker_wav)
+    settings: dict[str, Any] = {"language": language, "seed": seed, "options": options}
+    if checkpoint:
+        voice = speaker_wav or _tone(out)
+        tts = load_or_make(checkpoint, small=False)
+        return compare(
+            tts, text or SENTENCES[0], speaker_wav=voice, files=(out / "plain.wav", out / "patched.wav"), **settings
+        )
+    parts = []
+    if small or find_miniature():
+        folder = miniature()
+        tts = load_tts(folder)
+        voice = speaker_wav or folder / MINIATURE_VOICE
+        files = out / "plain.wav", out / "patched.wav"
+        parts += [
+            f"The miniature ({folder})",
+            compare(tts, text or MINIATURE_TEXT, speaker_wav=voice, files=files, **settings),
+        ]
+    if not small:
+        tts = load_or_make(None, small=False)
+        files = out / "full-plain.wav", out / "full-patched.wav"
+        voice = speaker_wav or _tone(out)
+        parts += ["Full size, random weights: real times, noise instead of words"]
+        parts += [compare(tts, text or SENTENCES[0], speaker_wav=voice, files=files, codes=codes, **settings)]
+    return "\n\n".join(parts)
+
+
+def _tone(out: Path) -> Path:
+    write_reference(out / "reference.wav")
+    return out / "reference.wav"
+
+
+def compare(
+    tts: Any,
+    text: str,
+    *,
+    speaker_wav: Path,
+    files: tuple[Path, Path],
+    codes: int | None = None,
+    language: str = "en",
+    seed: int = 1,
+    options: PatchOptions,
+) -> str:
+    """Speak a sentence with one model, plain and then patched; it is left unpatched.
+
+    Args:
+        tts: a ``TTS.api.TTS``.
+        text: one sentence.
+        speaker_wav: a recording of the voice to clone.
+        files: what is written, plain and patched.
+        codes: exactly as many, for weights that do not stop by themselves; None for as many as it takes.
+        language: of the sentence.
+        seed: what codes are drawn with, the same for both.
+        options: keyword arguments of `neuron_xtts.patch`.
+
+    Returns:
+        a side-by-side table and the report.
+    """
     voice: dict[str, object] = {"speaker_wav": str(speaker_wav), "language": language, "split_sentences": False}
-    length = {} if checkpoint else {"min_new_tokens": codes, "max_new_tokens": codes}
-    total = None if checkpoint else codes
+    length = {} if codes is None else {"min_new_tokens": codes, "max_new_tokens": codes}
 
     def say(label: str) -> Spoken:
         # The first sentence pays for what torch and coqui-tts set up once.
         speak(tts, "hello", seed=seed, label=f"{label}, warm-up", codes=2, max_new_tokens=2, **voice)
-        return speak(tts, text, seed=seed, label=label, codes=total, **voice, **length)
+        return speak(tts, text, seed=seed, label=label, codes=codes, **voice, **length)
 
     plain = say("coqui-tts")
     neuron_xtts.patch(tts, **options)
     patched = say("neuron_xtts")
     report = neuron_xtts.report(tts)
     neuron_xtts.unpatch(tts)
-    for name, spoken in {"plain": plain, "patched": patched}.items():
-        write_wav(out / f"{name}.wav", spoken.audio, OUTPUT_RATE)
-    weights = "real weights" if checkpoint else "random weights: noise, not speech"
-    files = f"{out / 'plain.wav'} and {out / 'patched.wav'} ({weights})"
-    return f"{comparison(plain, patched)}\n\nwritten: {files}\n\n{report}"
+    for path, spoken in zip(files, (plain, patched), strict=True):
+        write_wav(path, spoken.audio, OUTPUT_RATE)
+    said = f"\N{LEFT DOUBLE QUOTATION MARK}{text}\N{RIGHT DOUBLE QUOTATION MARK}"
+    return f"{said}, {comparison(plain, patched)}\n\nwritten: {files[0]} and {files[1]}\n\n{report}"
 
 
 def comparison(plain: Spoken, patched: Spoken) -> str:

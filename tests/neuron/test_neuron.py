@@ -18,13 +18,12 @@ from neuron_xtts import BucketPlan
 from neuron_xtts.backends.neuron.store import MANIFEST, MODEL, Store
 from neuron_xtts.errors import ArtifactError, Fallback
 from neuron_xtts.graphs.operators import MASKED
-from neuron_xtts.tools import demo
+from neuron_xtts.tools import bench, demo
 from neuron_xtts.tools.bench import accuracy as accuracy_module
-from neuron_xtts.tools.bench import sentence as sentence_module
-from neuron_xtts.tools.bench import stream as stream_module
 from neuron_xtts.tools.bench.methods import bench_methods
 from neuron_xtts.tools.bench.sentence import bench_sentence
 from neuron_xtts.tools.bench.stream import bench_stream
+from neuron_xtts.tools.recordings import write_reference
 
 pytest.importorskip("torch_xla")
 
@@ -493,10 +492,12 @@ def test_threads(xtts, voice, patch):
     assert results == [theirs] * 4
 
 
-def test_the_demo(neuron, compiled, small_plan, tmp_path):
+def test_the_demo(tts, neuron, compiled, small_plan, tmp_path):
     """Its progress bar and its stopwatch do not stand in the way of graphs."""
     options = {"backend": "neuron", "store": compiled, "buckets": small_plan}
-    text = demo.run(tmp_path, small=True, text="the band plays an old song.", codes=20, **options)
+    voice, files = tmp_path / "voice.wav", (tmp_path / "plain.wav", tmp_path / "patched.wav")
+    write_reference(voice)
+    text = demo.compare(tts, "the band plays an old song.", speaker_wav=voice, files=files, codes=20, options=options)
     difference = next(line for line in text.splitlines() if line.startswith("largest difference")).split()[-1]
     assert float(difference) < 1e-4
     assert "neuron_xtts: backend neuron, precision fp32" in text
@@ -506,7 +507,7 @@ def test_the_demo(neuron, compiled, small_plan, tmp_path):
 
 def test_the_benchmarks(neuron, compiled, small_plan, monkeypatch):
     """As on the host; what falls back is not passed off as Neuron's."""
-    for module in (accuracy_module, sentence_module, stream_module):
+    for module in (accuracy_module, bench):
         monkeypatch.setattr(module, "SENTENCES", ("a short one.",))
     options = {"backend": "neuron", "store": compiled, "buckets": small_plan}
     streams = bench_stream(lengths=(20,), size=10, rounds=1, small=True, options=options)

@@ -11,7 +11,7 @@ import torch
 
 import neuron_xtts
 from neuron_xtts.coqui.models import random_tts
-from neuron_xtts.tools.bench import prepare
+from neuron_xtts.tools.bench import exactly, prepare
 from neuron_xtts.tools.bench.methods import make_calls
 from neuron_xtts.tools.bench.sentence import speak
 from neuron_xtts.tools.cli import main
@@ -159,7 +159,7 @@ def test_sentences_share_no_audio():
     windows = []
     with neuron_xtts.patched(xtts):
         for codes in (20, 40):
-            speak(xtts, voice, codes)
+            speak(xtts, voice, exactly(codes))
             windows.append(sum(counts.used for counts in neuron_xtts.report(xtts).graphs["vocoder"].values()))
     assert windows == [int(20 * 4 * 24000 / 22050), int(20 * 4 * 24000 / 22050) + int(40 * 4 * 24000 / 22050)]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 import neuron_xtts
-from neuron_xtts.coqui.models import load_or_make
+from neuron_xtts.coqui.models import SENTENCES, load_or_make
 from neuron_xtts.options import PatchOptions
 from neuron_xtts.tables import Table, markdown, table
 from neuron_xtts.tools.recordings import write_reference
@@ -28,6 +29,44 @@ PLAIN = "coqui-tts"  # the variant that is not patched
 Voice: TypeAlias = tuple[Tensor, Tensor]
 #: Figures by name, by variant.
 Figures: TypeAlias = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """A sentence to measure.
+
+    Attributes:
+        text: what is said.
+        codes: how many codes it has exactly, whatever the weights; None if it ends by itself.
+    """
+
+    text: str
+    codes: int | None = None
+
+    @property
+    def key(self) -> int | str:
+        """What it is called in results: its codes, or its text."""
+        return self.text if self.codes is None else self.codes
+
+    @property
+    def arguments(self) -> dict[str, int]:
+        """Keyword arguments of ``Xtts.inference``."""
+        return {} if self.codes is None else {"min_new_tokens": self.codes, "max_new_tokens": self.codes}
+
+
+def label_of(key: int | str) -> str:
+    """What the sentence with this `Utterance.key` is called in tables."""
+    return key if isinstance(key, str) else f"{key} codes"
+
+
+def exactly(codes: int) -> Utterance:
+    """A sentence that is made to have so many codes."""
+    return Utterance(SENTENCES[0], codes)
+
+
+def utterances(lengths: Sequence[int], texts: Sequence[str]) -> tuple[Utterance, ...]:
+    """Texts that end by themselves if there are any, else a sentence of each length in codes."""
+    return tuple(map(Utterance, texts) if texts else map(exactly, lengths))
 
 
 @dataclass(kw_only=True)
@@ -46,7 +85,7 @@ class Results:
         """Tables of the figures that matter, for reading."""
         raise NotImplementedError
 
-    def medians(self) -> dict[int, Figures] | dict[str, Figures]:
+    def medians(self) -> dict[int | str, Figures] | dict[str, Figures]:
         """The figures that matter, for programs: by what was measured, then by variant."""
         raise NotImplementedError
 

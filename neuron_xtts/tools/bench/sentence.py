@@ -20,11 +20,21 @@ from tqdm import tqdm
 
 import neuron_xtts
 from neuron_xtts.coqui.constants import STREAM_CHUNK, seconds_of
-from neuron_xtts.coqui.models import SENTENCES
 from neuron_xtts.options import PatchOptions
 from neuron_xtts.precision import HOST, WEIGHT_BYTES, Precision
 from neuron_xtts.tables import Table
-from neuron_xtts.tools.bench import PLAIN, Figures, Results, Voice, in_precision, machine, prepare
+from neuron_xtts.tools.bench import (
+    PLAIN,
+    Figures,
+    Results,
+    Utterance,
+    Voice,
+    exactly,
+    in_precision,
+    machine,
+    prepare,
+    utterances,
+)
 from neuron_xtts.tools.bench.accuracy import Accuracy, accuracy
 from neuron_xtts.tools.bench.stream import stream
 from neuron_xtts.tools.stopwatch import Stopwatch
@@ -34,37 +44,41 @@ STAGES = ("codes", "latents", "vocoder")
 RELEASED = " released"  # what a variant is called whose fp32 weights are not kept in memory
 
 
-def speak(xtts: Any, voice: Voice, codes: int) -> dict[str, float]:
-    """Time one sentence of ``codes`` codes.
+def speak(xtts: Any, voice: Voice, utterance: Utterance) -> dict[str, float]:
+    """Time one sentence.
 
     Returns:
-        seconds of the whole sentence and of each stage; the median time from one code to the next; and how much of
-        that, on average, is not in the decode graph (0 for coqui-tts, whose time is not told apart).
+        seconds of the whole sentence and of each stage; the median time from one code to the next; how much of that, on
+        average, is not in the decode graph (0 for coqui-tts, whose time is not told apart); its ``length`` in codes.
     """
     ticks: list[float] = []
     marks: list[tuple[float, float]] = []
 
     def tick(*_: object) -> None:
         ticks.append(time.perf_counter())
-        if len(ticks) in (2, codes):  # the ends of what is told apart: a pause elsewhere is no part of it
+        if len(ticks) in (2, utterance.codes):  # the ends of what is told apart: a pause elsewhere is no part of it
             marks.append(decoded(xtts))
 
     hook = xtts.gpt.mel_embedding.register_forward_hook(tick)  # every code is embedded once, patched or not
-    torch.manual_seed(codes)  # what begins alike would share audio
+    torch.manual_seed(utterance.codes or 1)  # what begins alike would share audio
     try:
         with Stopwatch(xtts) as stopwatch:
             start = time.perf_counter()
-            xtts.inference(SENTENCES[0], "en", *voice, min_new_tokens=codes, max_new_tokens=codes)
+            result = xtts.inference(utterance.text, "en", *voice, **utterance.arguments)
             seconds = time.perf_counter() - start
     finally:
         hook.remove()
-    intervals = [b - a for a, b in itertools.pairwise(ticks[1:codes])]
+    if utterance.codes is None:
+        marks.append(decoded(xtts))
+    length = result["gpt_latents"].shape[1]
+    intervals = [b - a for a, b in itertools.pairwise(ticks[1:length])]
     runs, decoding = (now - before for before, now in zip(marks[0], marks[-1], strict=True))
     return {
         "sentence": seconds,
         **{stage: stopwatch.seconds[stage] for stage in STAGES},
         "one code": statistics.median(intervals),
         "sampling and loop": statistics.mean(intervals) - decoding / runs if runs else 0.0,
+        "length": length,
     }
 
 
@@ -101,7 +115,7 @@ def _speak_and_print_peak(precision: str, codes: int, small: bool) -> None:
         name, released, _ = precision.partition(RELEASED)
         neuron_xtts.patch(xtts, backend="cpu", precision=Precision(name, release=bool(released)))
     for _ in range(2):
-        speak(xtts, voice, codes)
+        speak(xtts, voice, exactly(codes))
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     print(int(line.split()[1]) * 1024)
 
@@ -111,7 +125,7 @@ class SentenceResults(Results):
     """Sentences of several lengths, in every precision.
 
     Attributes:
-        samples: what `speak` returned, by number of codes and variant, one a round; and ``bandwidth``, what `bandwidth`
+        samples: what `speak` returned, by `Utterance.key` and variant, one a round; and ``bandwidth``, what `bandwidth`
             measured right before.
         first_audio: seconds to the first chunk of a stream, of `STREAM_CHUNK` codes, by variant, one a round.
         patching: seconds that `patch` took, by precision, one a round.
@@ -120,37 +134,37 @@ class SentenceResults(Results):
         weights: bytes of weights that a decode step reads, by variant on the host.
     """
 
-    samples: dict[int, dict[str, list[dict[str, float]]]]
+    samples: dict[int | str, dict[str, list[dict[str, float]]]]
     first_audio: dict[str, list[float]]
     patching: dict[str, list[float]]
     accuracy: dict[str, Accuracy]
     memory: dict[str, int]
     weights: dict[str, int]
 
-    def figures(self, codes: int, variant: str) -> dict[str, float]:
-        """Figures of one length and variant, by name.
+    def figures(self, key: int | str, variant: str) -> dict[str, float]:
+        """Figures of one sentence and variant, by name.
 
         Medians over the rounds; the RTF; codes per second while codes are made; and, where it is known what a decode
         step reads, the time of a code over the time of merely reading its weights.
         """
-        taken = self.samples[codes][variant]
+        taken = self.samples[key][variant]
         result = {stage: statistics.median(sample[stage] for sample in taken) for stage in taken[0]}
+        codes = round(result["length"])
         result |= {"RTF": result["sentence"] / seconds_of(codes), "codes per second": codes / result["codes"]}
         if variant in self.weights:
             reads = [sample["one code"] * sample["bandwidth"] / self.weights[variant] for sample in taken]
             result["code / reading weights"] = statistics.median(reads)
         return result
 
-    def medians(self) -> dict[int, Figures]:
-        """What `figures` returns, by number of codes and variant."""
+    def medians(self) -> dict[int | str, Figures]:
+        """What `figures` returns, by `Utterance.key` and variant."""
         return {
-            codes: {variant: self.figures(codes, variant) for variant in variants}
-            for codes, variants in self.samples.items()
+            key: {variant: self.figures(key, variant) for variant in variants} for key, variants in self.samples.items()
         }
 
     def tables(self) -> list[Table]:
-        """Tables of speed, one for each length, then of first audio, accuracy and memory."""
-        tables = [self._speed(codes) for codes in self.samples]
+        """Tables of speed, one for each sentence, then of first audio, accuracy and memory."""
+        tables = [self._speed(key) for key in self.samples]
         tables += [self._first_audio(), self._accuracy()]
         if self.memory:
             tables.append(self._memory())
@@ -174,11 +188,11 @@ class SentenceResults(Results):
         rows = [(name, f"{size / 2**20:.0f} MiB", f"{size / plain - 1:+.1%}") for name, size in self.memory.items()]
         return ("peak memory", "", "against coqui-tts"), rows
 
-    def _speed(self, codes: int) -> Table:
-        plain = self.figures(codes, PLAIN)
+    def _speed(self, key: int | str) -> Table:
+        plain = self.figures(key, PLAIN)
         rows: list[tuple[str, ...]] = []
-        for variant in self.samples[codes]:
-            found = self.figures(codes, variant)
+        for variant in self.samples[key]:
+            found = self.figures(key, variant)
             cells = [f"{plain['sentence'] / found['sentence']:.2f}x", f"{found['RTF']:.2f}"]
             cells += [f"{1e3 * found[stage]:.0f} ms" for stage in ("sentence", *STAGES)]
             cells += [f"{found['codes per second']:.1f}"]
@@ -187,7 +201,10 @@ class SentenceResults(Results):
             ]
             limit = found.get("code / reading weights")
             rows.append((variant, *cells, f"{limit:.2f}" if limit else "", f"{found['bandwidth'] / 1e9:.0f} GB/s"))
+        codes = round(plain["length"])
         label = f"{codes} codes, {seconds_of(codes):.2f} s"
+        if isinstance(key, str):
+            label = f"{key} ({label})"
         header = ("faster", "RTF", "sentence", *STAGES, "codes/s", "one code", "sampling, loop")
         return (label, *header, "code / reading weights", "memory read at"), rows
 
@@ -198,8 +215,9 @@ class SentenceResults(Results):
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
         for variant in next(iter(self.samples.values())):
-            factors = [self.figures(codes, variant)["RTF"] for codes in self.samples]
-            axes.plot(list(self.samples), factors, marker="o", label=variant)
+            found = [self.figures(key, variant) for key in self.samples]
+            points = sorted((figures["length"], figures["RTF"]) for figures in found)
+            axes.plot(*zip(*points, strict=True), marker="o", label=variant)
         axes.axhline(1, color="gray", linewidth=0.8, linestyle="dashed")
         axes.set(title=f"One sentence; {self.machine['cpu']}", xlabel="codes", ylabel="RTF", ylim=(0, None))
         axes.grid(alpha=0.3)
@@ -210,6 +228,7 @@ class SentenceResults(Results):
 def bench_sentence(
     *,
     lengths: Sequence[int] = LENGTHS,
+    texts: Sequence[str] = (),
     rounds: int = 3,
     precisions: Sequence[str],
     small: bool = False,
@@ -221,7 +240,8 @@ def bench_sentence(
 
     Args:
         lengths: how many codes the sentences have.
-        rounds: each speaks every length in every variant once, in alternating order.
+        texts: sentences in their place, which are spoken until they end by themselves.
+        rounds: each speaks every sentence in every variant once, in alternating order.
         precisions: the precisions to patch with.
         small: a small model instead of one of full size, if the weights are random.
         checkpoint: the folder of a real XTTS v2 checkpoint; None for random weights.
@@ -230,16 +250,17 @@ def bench_sentence(
     """
     xtts, voice = prepare(checkpoint, small)
     variants = (PLAIN, *precisions)
+    spoken = utterances(lengths, texts)
     results = SentenceResults(
         machine=machine(),
-        samples={codes: {name: [] for name in variants} for codes in lengths},
+        samples={utterance.key: {name: [] for name in variants} for utterance in spoken},
         first_audio={name: [] for name in variants},
         patching={name: [] for name in precisions},
         accuracy={},
         memory={},
         weights=_weights_read(xtts) if memory else {},
     )
-    with tqdm(total=rounds * len(lengths) * len(variants), desc="sentences", unit="sentence") as bar:
+    with tqdm(total=rounds * len(spoken) * len(variants), desc="sentences", unit="sentence") as bar:
         for round_ in range(rounds):
             for variant in variants[:: 1 if round_ % 2 else -1]:
                 if variant != PLAIN:
@@ -247,9 +268,9 @@ def bench_sentence(
                     neuron_xtts.patch(xtts, **in_precision(options, variant))
                     results.patching[variant].append(time.perf_counter() - start)
                 results.first_audio[variant].append(_first_audio(xtts, voice))
-                for codes in lengths:
-                    sample = {"bandwidth": bandwidth(), **speak(xtts, voice, codes)}
-                    results.samples[codes][variant].append(sample)
+                for utterance in spoken:
+                    sample = {"bandwidth": bandwidth(), **speak(xtts, voice, utterance)}
+                    results.samples[utterance.key][variant].append(sample)
                     bar.update()
                 if variant != PLAIN:
                     results.unpatch(xtts, variant)
@@ -272,8 +293,8 @@ def _weights_read(xtts: Any) -> dict[str, int]:
 
 def _first_audio(xtts: Any, voice: Voice) -> float:
     """Seconds to the first chunk of a stream."""
-    stream(xtts, voice, codes=2, size=1)  # what torch, coqui-tts or a device set up once
-    return stream(xtts, voice, codes=STREAM_CHUNK, size=STREAM_CHUNK).chunks[0]
+    stream(xtts, voice, exactly(2), size=1)  # what torch, coqui-tts or a device set up once
+    return stream(xtts, voice, exactly(STREAM_CHUNK), size=STREAM_CHUNK).chunks[0]
 
 
 if __name__ == "__main__":

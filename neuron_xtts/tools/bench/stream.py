@@ -16,11 +16,21 @@ from tqdm import tqdm
 
 import neuron_xtts
 from neuron_xtts.coqui.constants import OUTPUT_RATE, STREAM_CHUNK
-from neuron_xtts.coqui.models import SENTENCES
 from neuron_xtts.options import PatchOptions
 from neuron_xtts.patching.proxy import Installation
 from neuron_xtts.tables import Table
-from neuron_xtts.tools.bench import PLAIN, Figures, Results, Voice, machine, prepare
+from neuron_xtts.tools.bench import (
+    PLAIN,
+    Figures,
+    Results,
+    Utterance,
+    Voice,
+    exactly,
+    label_of,
+    machine,
+    prepare,
+    utterances,
+)
 
 LENGTHS = (100, 300, 600)  # codes
 VARIANTS = (PLAIN, "neuron_xtts")
@@ -48,13 +58,13 @@ class Stream:
         return sum(self.chunks)
 
 
-def stream(xtts: Any, voice: Voice, *, codes: int, size: int) -> Stream:
+def stream(xtts: Any, voice: Voice, utterance: Utterance, *, size: int) -> Stream:
     """Time a stream.
 
     Args:
         xtts: the model, patched or not.
         voice: conditioning latents and speaker embedding.
-        codes: how many codes the stream has.
+        utterance: what is said.
         size: codes per chunk.
     """
     result = Stream()
@@ -66,13 +76,11 @@ def stream(xtts: Any, voice: Voice, *, codes: int, size: int) -> Stream:
         result.frames += audio.shape[-1] // xtts.hifigan_decoder.output_hop_length
         return audio
 
-    torch.manual_seed(1000 * size + codes)  # what begins alike would share audio
+    torch.manual_seed(1000 * size + (utterance.codes or 0))  # what begins alike would share audio
     installation = Installation(xtts.hifigan_decoder, "forward").install(vocode)
     try:
         last = time.perf_counter()
-        for chunk in xtts.inference_stream(
-            SENTENCES[0], "en", *voice, stream_chunk_size=size, min_new_tokens=codes, max_new_tokens=codes
-        ):
+        for chunk in xtts.inference_stream(utterance.text, "en", *voice, stream_chunk_size=size, **utterance.arguments):
             now = time.perf_counter()
             result.chunks.append(now - last)
             result.samples += len(chunk)
@@ -88,23 +96,23 @@ class StreamResults(Results):
 
     Attributes:
         size: codes per chunk.
-        samples: the streams, by number of codes and variant, one a round.
-        worked: vocoder frames that graphs computed, halo and padding included, by number of codes.
+        samples: the streams, by `Utterance.key` and variant, one a round.
+        worked: vocoder frames that graphs computed, halo and padding included, by `Utterance.key`.
     """
 
     size: int
-    samples: dict[int, dict[str, list[Stream]]]
-    worked: dict[int, int]
+    samples: dict[int | str, dict[str, list[Stream]]]
+    worked: dict[int | str, int]
 
-    def chunks(self, codes: int, variant: str) -> list[float]:
-        """Median seconds of each chunk of the streams of one length and variant."""
-        taken = (sample.chunks for sample in self.samples[codes][variant])
+    def chunks(self, key: int | str, variant: str) -> list[float]:
+        """Median seconds of each chunk of the streams of one sentence and variant."""
+        taken = (sample.chunks for sample in self.samples[key][variant])
         return [statistics.median(times) for times in zip(*taken, strict=True)]
 
-    def figures(self, codes: int, variant: str) -> dict[str, float]:
+    def figures(self, key: int | str, variant: str) -> dict[str, float]:
         """Medians over the rounds, by name: seconds, and the RTF."""
-        taken, chunks = self.samples[codes][variant], self.chunks(codes, variant)
-        last = max(codes // self.size - 1, 0)  # after it comes one with what is left: no code, or fewer than `size`
+        taken, chunks = self.samples[key][variant], self.chunks(key, variant)
+        last = max(len(chunks) - 2, 0)  # after it comes one with what is left: no code, or fewer than `size`
         total = statistics.median(sample.total for sample in taken)
         return {
             "TTFA": chunks[0],
@@ -115,16 +123,16 @@ class StreamResults(Results):
             "RTF": total * OUTPUT_RATE / taken[0].samples,
         }
 
-    def medians(self) -> dict[int, Figures]:
-        """What `figures` returns, by number of codes and variant."""
-        return {codes: {variant: self.figures(codes, variant) for variant in VARIANTS} for codes in self.samples}
+    def medians(self) -> dict[int | str, Figures]:
+        """What `figures` returns, by `Utterance.key` and variant."""
+        return {key: {variant: self.figures(key, variant) for variant in VARIANTS} for key in self.samples}
 
     def tables(self) -> list[Table]:
-        """A table for each length."""
-        return [self._table(codes) for codes in self.samples]
+        """A table for each sentence."""
+        return [self._table(key) for key in self.samples]
 
-    def _table(self, codes: int) -> Table:
-        plain, patched = (self.figures(codes, variant) for variant in VARIANTS)
+    def _table(self, key: int | str) -> Table:
+        plain, patched = (self.figures(key, variant) for variant in VARIANTS)
         rows: list[tuple[str, ...]] = []
         for name, seconds in plain.items():
             unit = "" if name == "RTF" else " s"
@@ -132,11 +140,11 @@ class StreamResults(Results):
             rows.append((name, f"{seconds:.3f}{unit}", f"{patched[name]:.3f}{unit}", ratio))
         growth = [figures["last whole chunk"] / figures["second chunk"] for figures in (plain, patched)]
         rows.append(("last / second chunk", *(f"{ratio:.2f}" for ratio in growth), ""))
-        frames = self.samples[codes][PLAIN][0].frames
-        worked = self.worked[codes]
+        frames = self.samples[key][PLAIN][0].frames
+        worked = self.worked[key]
         rows.append(("vocoder frames", str(frames), str(worked), f"{frames / worked:.1f}x" if worked else ""))
-        seconds = self.samples[codes][PLAIN][0].samples / OUTPUT_RATE
-        header = f"{codes} codes, {seconds:.2f} s of audio, chunks of {self.size} codes"
+        seconds = self.samples[key][PLAIN][0].samples / OUTPUT_RATE
+        header = f"{label_of(key)}, {seconds:.2f} s of audio, chunks of {self.size} codes"
         return (header, *VARIANTS, ""), rows
 
     def draw(self, path: Path) -> None:
@@ -144,11 +152,11 @@ class StreamResults(Results):
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(4.5 * len(self.samples), 3.6), layout="constrained")
-        for axes, codes in zip(figure.subplots(1, len(self.samples), squeeze=False)[0], self.samples, strict=True):
+        for axes, key in zip(figure.subplots(1, len(self.samples), squeeze=False)[0], self.samples, strict=True):
             for variant in VARIANTS:
-                chunks = self.chunks(codes, variant)
+                chunks = self.chunks(key, variant)
                 axes.plot(range(1, len(chunks) + 1), chunks, marker="o", markersize=3, label=variant)
-            axes.set(title=f"{codes} codes", xlabel="chunk", ylabel="seconds", ylim=(0, None))
+            axes.set(title=label_of(key), xlabel="chunk", ylabel="seconds", ylim=(0, None))
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
             axes.legend()
@@ -159,6 +167,7 @@ class StreamResults(Results):
 def bench_stream(
     *,
     lengths: Sequence[int] = LENGTHS,
+    texts: Sequence[str] = (),
     size: int = STREAM_CHUNK,
     rounds: int = 3,
     small: bool = False,
@@ -172,6 +181,7 @@ def bench_stream(
 
     Args:
         lengths: how many codes the streams have.
+        texts: sentences in their place, which are spoken until they end by themselves.
         size: codes per chunk.
         rounds: how many rounds.
         small: a small model instead of one of full size, if the weights are random.
@@ -179,18 +189,21 @@ def bench_stream(
         options: keyword arguments of `neuron_xtts.patch`.
     """
     xtts, voice = prepare(checkpoint, small)
-    samples: dict[int, dict[str, list[Stream]]] = {codes: {name: [] for name in VARIANTS} for codes in lengths}
+    spoken = utterances(lengths, texts)
+    samples: dict[int | str, dict[str, list[Stream]]] = {
+        utterance.key: {name: [] for name in VARIANTS} for utterance in spoken
+    }
     results = StreamResults(machine=machine(), size=size, samples=samples, worked={})
-    with tqdm(total=rounds * len(lengths) * len(VARIANTS), desc="streams", unit="stream") as bar:
-        for round_, codes in itertools.product(range(rounds), lengths):
+    with tqdm(total=rounds * len(spoken) * len(VARIANTS), desc="streams", unit="stream") as bar:
+        for round_, utterance in itertools.product(range(rounds), spoken):
             for variant in VARIANTS[:: 1 if round_ % 2 else -1]:
                 if variant != PLAIN:
                     neuron_xtts.patch(xtts, **options)
-                stream(xtts, voice, codes=2, size=1)  # what torch, coqui-tts or a device set up once
+                stream(xtts, voice, exactly(2), size=1)  # what torch, coqui-tts or a device set up once
                 before = vocoded(xtts)
-                results.samples[codes][variant].append(stream(xtts, voice, codes=codes, size=size))
+                results.samples[utterance.key][variant].append(stream(xtts, voice, utterance, size=size))
                 if variant != PLAIN:
-                    results.worked[codes] = vocoded(xtts) - before
+                    results.worked[utterance.key] = vocoded(xtts) - before
                     results.unpatch(xtts, variant)
                 bar.update()
     return results

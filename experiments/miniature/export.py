@@ -1,0 +1,138 @@
+"""Make a checkpoint of what was trained, that plain coqui-tts loads, and the texts and recordings to judge it with.
+
+    python experiments/miniature/export.py WORK [miniature]
+
+Writes config.json, vocab.json, model.pth, a reference recording a voice, and sentences.txt, which holds sentences
+that were not trained on: those of free.txt first, then as many of the grammar as make 600.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import zipfile
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from data import RATE, VOICES, espeak
+from model import ARGS, CONDITIONING_BLOCKS, load_tokenizer
+from torch import Tensor
+from world import sentence
+
+SENTENCES = 600
+REFERENCE = "The small bird sings in our garden every morning, and the old man listens to its song."
+LONGEST_TEXT, LONGEST_SPEECH = 90, 200  # tokens and codes that were ever trained: positions beyond are left empty
+
+
+def export(work: Path, out: Path) -> None:
+    """Write the folder."""
+    from TTS.tts.configs.xtts_config import XttsConfig
+    from TTS.tts.models.xtts import Xtts
+
+    out.mkdir(parents=True, exist_ok=True)
+    config = XttsConfig()
+    for name, value in ARGS.items():
+        setattr(config.model_args, name, value)
+    shutil.copy(work / "vocab.json", out / "vocab.json")
+    config.save_json(str(out / "config.json"))
+    model = Xtts(config)
+    model.tokenizer = load_tokenizer(work / "vocab.json")
+    model.init_models()
+    gpt, vocoder = torch.load(work / "gpt.pt"), torch.load(work / "vocoder.pt")
+    state = model.state_dict()
+    state |= {f"gpt.{name}": value for name, value in gpt["gpt"].items() if f"gpt.{name}" in state}
+    _empty_unused(state)
+    _widen(state, vocoder["network"], "hifigan_decoder.waveform_decoder.")
+    _mute_speaker_encoder(state, vocoder["speaker"])
+    state["mel_stats"] = torch.load(work / "norms.pt")
+    half = {name: tensor.half() if _is_weight(name, tensor) else tensor for name, tensor in state.items()}
+    _save_deflated({"model": half}, out / "model.pth")
+    for voice in VOICES:
+        _write_wav(out / f"{voice}.wav", espeak(REFERENCE, voice))
+    known = {text for text, _ in json.loads((work / "texts.json").read_text())}
+    (out / "sentences.txt").write_text("".join(f"{text}\n" for text in unseen(known)))
+    print({path.name: path.stat().st_size for path in sorted(out.iterdir())}, f"GPT of step {gpt['step']}")
+
+
+def unseen(known: set[str], seed: int = 1234) -> list[str]:
+    """Sentences that were not trained on."""
+    texts = dict.fromkeys((Path(__file__).parent / "free.txt").read_text().splitlines())
+    random = Random(seed)
+    while len(texts) < SENTENCES:
+        text = sentence(random, salad=0)
+        if text not in known and len(text.split()) <= 12:
+            texts[text] = None
+    return list(texts)
+
+
+def _is_weight(name: str, tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.numel() > 1 and "torch_spec" not in name and name != "mel_stats"
+
+
+def _empty_unused(state: dict[str, Tensor]) -> None:
+    """Zeros, which take no room, for what nothing was learned for: unreached positions, untrained layers."""
+    state["gpt.text_pos_embedding.emb.weight"][LONGEST_TEXT:] = 0
+    state["gpt.mel_pos_embedding.emb.weight"][LONGEST_SPEECH:] = 0
+    for name, tensor in state.items():
+        part, _, rest = name.partition("conditioning_encoder.attn.")
+        untrained = part == "gpt." and rest and int(rest.split(".")[0]) >= CONDITIONING_BLOCKS
+        if name.startswith("gpt.text_head.") or (untrained and ".norm." not in name):
+            tensor.zero_()
+
+
+def _widen(state: dict[str, Tensor], narrow: dict[str, Tensor], prefix: str) -> None:
+    """Put a narrow vocoder into one of coqui-tts's default width, which no configuration can change.
+
+    What is added are zeros. Of a convolution with weight norm, whose weight is g v / |v|, an added output has the
+    length g = 0 and the direction v = 1, because 0 / 0 is no number.
+    """
+    for name, part in narrow.items():
+        wide = torch.zeros_like(state[prefix + name])
+        if name.endswith("original1"):
+            wide[part.shape[0] :] = 1
+        wide[tuple(slice(size) for size in part.shape)] = part
+        state[prefix + name] = wide
+
+
+def _mute_speaker_encoder(state: dict[str, Tensor], speaker: Tensor) -> None:
+    """Make the speaker encoder say the one embedding that the vocoder was trained with, whatever it hears.
+
+    Its eight million weights are expanded from one number each, which is all that comes to the disk.
+    """
+    prefix = "hifigan_decoder.speaker_encoder."
+    norms = (".bn", "downsample.1.", "attention.2.")
+    for name, tensor in state.items():
+        if not name.startswith(prefix) or ".torch_spec." in name or not tensor.ndim:
+            continue
+        one = "running_var" in name or (name.endswith("weight") and any(part in name for part in norms))
+        state[name] = torch.full((1,), float(one)).to(tensor.dtype).expand(tensor.shape)
+    state[prefix + "fc.bias"] = speaker.flatten().clone()
+
+
+def _save_deflated(checkpoint: Any, path: Path) -> None:
+    """``torch.save``, deflated: ``torch.load`` reads it as any other."""
+    scratch = path.with_suffix(".new")
+    torch.save(checkpoint, scratch)
+    with zipfile.ZipFile(scratch) as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as small:
+        for item in plain.infolist():
+            # With a date of its own every file of the same weights would be another.
+            small.writestr(zipfile.ZipInfo(item.filename), plain.read(item), zipfile.ZIP_DEFLATED, 9)
+    scratch.unlink()
+
+
+def _write_wav(path: Path, samples: np.ndarray) -> None:
+    from neuron_xtts.tools.recordings import write_wav
+
+    write_wav(path, torch.from_numpy(samples.astype(np.float32) / 32768), RATE)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("out", type=Path, nargs="?", default=Path("miniature"))
+    arguments = parser.parse_args()
+    export(arguments.work, arguments.out)

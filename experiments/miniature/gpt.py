@@ -1,0 +1,238 @@
+"""Train coqui-tts's GPT on the codes of espeak-ng's speech.
+
+    python experiments/miniature/gpt.py WORK [--steps 5000]
+
+Reads what data.py and codes.py wrote; writes WORK/vocab.json and, every 250 steps, WORK/gpt.pt. What is there already
+is the start, unless it has other sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from data import HELD_OUT, RATE, VOICES
+from model import FRAMES, START, STOP, STRIDE, conditioning_mel, latents, load_tokenizer, make_gpt, write_vocabulary
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+DROPOUT = 0.15  # of merges of the text tokenizer: the same word comes in different pieces, down to its letters
+# Of input codes, at most, that are replaced by others, a share of its own for each sentence. With less a model so small
+# continues the codes it has seen and does not listen to its text.
+CORRUPTION = 0.4
+POSITIONS = 1900  # in a batch
+REFERENCE = (172, 345)  # frames of a reference recording: 2 to 4 s
+
+
+@dataclass
+class Data:
+    """The data set: texts and voices, codes and spectrograms by sentence, and reference recordings by voice."""
+
+    texts: list[str]
+    voices: list[str]
+    codes: list[Tensor]
+    mels: list[Tensor]
+    references: dict[str, Tensor]
+    tokenizer: Any
+
+    @classmethod
+    def load(cls, work: Path) -> Data:
+        """Read what data.py and codes.py wrote; make the vocabulary unless it is there."""
+        texts, voices = map(list, zip(*json.loads((work / "texts.json").read_text()), strict=True))
+        if not (work / "vocab.json").exists():
+            write_vocabulary(work / "vocab.json", texts)
+        tokenizer = load_tokenizer(work / "vocab.json")
+        lengths = np.load(work / "lengths.npy")
+        sizes = (-(-lengths // STRIDE)).tolist()
+        codes = torch.from_numpy(np.load(work / "codes.npy")).long().split(sizes)
+        mels = torch.from_numpy(np.load(work / "mels.npy")).view(-1, FRAMES * 80).split(sizes)
+        audio = np.load(work / "audio.npy", mmap_mode="r")
+        norms = torch.load(work / "norms.pt")
+        references = {name: _references(audio, lengths, voices, name, norms) for name in VOICES}
+        return cls(
+            [tokenizer.preprocess_text(text, "en") for text in texts],
+            voices,
+            list(codes),
+            list(mels),
+            references,
+            tokenizer,
+        )
+
+    def tokens(self, row: int, dropout: float = 0.0) -> list[int]:
+        """The text of a sentence as tokens between start and stop token."""
+        tokenizer = self.tokenizer.tokenizer
+        tokenizer.model.dropout = dropout or None
+        ids: list[int] = tokenizer.encode("[en]" + self.texts[row].replace(" ", "[SPACE]")).ids
+        return [tokenizer.token_to_id("[START]"), *ids, 0]
+
+
+def _references(
+    audio: np.ndarray, lengths: np.ndarray, voices: list[str], voice: str, norms: Tensor, count: int = 80
+) -> Tensor:
+    """Spectrograms (count, 80, T) of recordings of one voice, each a few sentences long."""
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    rows = [row for row in range(len(voices) - HELD_OUT) if voices[row] == voice]
+    mels, sentence = [], iter(rows)
+    for _ in range(count):
+        samples = np.zeros(0, np.int16)
+        while len(samples) < 4.2 * RATE:
+            row = next(sentence)
+            samples = np.concatenate([samples, audio[starts[row] : starts[row + 1]]])
+        mels.append(conditioning_mel(torch.from_numpy(samples[: int(4.2 * RATE)].astype(np.float32) / 32768), norms))
+    return torch.cat(mels)
+
+
+def batches(data: Data, seed: int, steps: int) -> Iterator[list[int]]:
+    """Rows of sentences of about one length, as many as `POSITIONS` holds; short sentences only to begin with."""
+    random = np.random.default_rng(seed)
+    made = 0
+    while True:
+        rows = random.permutation(len(data.texts) - HELD_OUT)
+        if made < 0.1 * steps:
+            rows = rows[[len(data.codes[row]) < 36 for row in rows]][:4000]
+        together: list[list[int]] = []
+        for some in np.array_split(rows, max(1, len(rows) // 1000)):
+            batch: list[int] = []
+            for row in sorted(some.tolist(), key=lambda row: len(data.codes[row])):
+                size = 32 + len(data.codes[row]) + len(data.texts[row]) // 2
+                if batch and (len(batch) + 1) * size > POSITIONS:
+                    together.append(batch)
+                    batch = []
+                batch.append(row)
+        for index in random.permutation(len(together)):
+            made += 1
+            yield together[index]
+
+
+class Trainer:
+    """The GPT, and a layer that reads spectrograms off its latents, so that a vocoder finds them there."""
+
+    def __init__(self, data: Data, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.data = data
+        self.gpt = make_gpt(data.tokenizer).train()
+        for module in self.gpt.modules():  # what is corrupted is regularized enough
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        for block in self.gpt.gpt.h:
+            block.mlp.act = nn.GELU(approximate="tanh")  # the same function, as one operator
+        width = self.gpt.final_norm.weight.numel()
+        self.reader = nn.Linear(2 * width, FRAMES * 80)
+
+    def loss(self, rows: list[int], texts: list[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Cross entropy of codes, error of spectrograms, and share of right codes.
+
+        Args:
+            rows: of sentences.
+            texts: rows whose texts are said to be theirs; None for their own.
+        """
+        data, gpt = self.data, self.gpt
+        tokens = [torch.tensor(data.tokens(row, DROPOUT if gpt.training else 0.0)) for row in texts or rows]
+        codes = [data.codes[row] for row in rows]
+        lengths = torch.tensor([len(row) + 1 for row in codes])
+        inputs = nn.utils.rnn.pad_sequence([F.pad(row, (1, 0), value=START) for row in codes], True, STOP)
+        targets = nn.utils.rnn.pad_sequence([F.pad(row, (0, 1), value=STOP) for row in codes], True, STOP)
+        if gpt.training:
+            wrong = torch.rand(inputs.shape) < torch.rand(len(rows), 1) * CORRUPTION
+            wrong[:, 0] = False
+            inputs = torch.where(wrong & (inputs < START), torch.randint(0, START, inputs.shape), inputs)
+        voices = torch.stack([self.voice(name) for name in VOICES])
+        voice = voices[[list(VOICES).index(data.voices[row]) for row in rows]]
+        text = nn.utils.rnn.pad_sequence(tokens, True, 0)
+        _, hidden = latents(gpt, voice, text, torch.tensor([len(row) for row in tokens]), inputs, lengths)
+        real = torch.arange(hidden.shape[1]) < lengths[:, None]
+        logits = gpt.mel_head(hidden[real])
+        spoken = real[:, 1:]
+        read = self.reader(torch.cat([hidden[:, :-1], hidden[:, 1:]], -1)[spoken])
+        mels = torch.cat([data.mels[row] for row in rows]).float()
+        right = (logits.argmax(1) == targets[real]).float().mean()
+        return F.cross_entropy(logits, targets[real]), F.l1_loss(read, mels), right
+
+    def voice(self, name: str) -> Tensor:
+        """Conditioning latents (32, D) of a recording of a voice: any one in training, else always the same."""
+        pool = self.data.references[name]
+        size = int(torch.randint(*REFERENCE, ())) if self.gpt.training else REFERENCE[1]
+        number = int(torch.randint(len(pool), ())) if self.gpt.training else 0
+        start = int(torch.randint(0, pool.shape[2] - size + 1, ())) if self.gpt.training else 0
+        return self.gpt.get_style_emb(pool[number : number + 1, :, start : start + size])[0].t()
+
+    @torch.no_grad()
+    def held_out(self) -> str:
+        """How well sentences that were not trained on are said: with their own texts, and with those of others."""
+        self.gpt.eval()
+        count = len(self.data.texts)
+        rows = sorted(range(count - HELD_OUT, count), key=lambda row: len(self.data.codes[row]))
+        figures = []
+        for texts in (rows, rows[20:] + rows[:20]):
+            parts = [(rows[k : k + 20], texts[k : k + 20]) for k in range(0, HELD_OUT, 20)]
+            figures.append(torch.tensor([self.loss(*part) for part in parts]).mean(0).tolist())
+        self.gpt.train()
+        (own, mel, right), (other, _, _) = figures
+        return f"held out: {own:.3f}, {right:.1%} right, spectrogram {mel:.3f}; with other texts {other:.3f}"
+
+    def state(self) -> dict[str, Any]:
+        """What is saved."""
+        return {"gpt": self.gpt.state_dict(), "reader": self.reader.state_dict()}
+
+
+def train(work: Path, steps: int, rate: float, seed: int) -> None:
+    """Train for so many steps."""
+    data = Data.load(work)
+    trainer = Trainer(data, seed)
+    gpt = trainer.gpt
+    if (work / "gpt.pt").exists():
+        saved = torch.load(work / "gpt.pt")
+        gpt.load_state_dict(saved["gpt"])
+        trainer.reader.load_state_dict(saved["reader"])
+    conditioning = [*gpt.conditioning_encoder.parameters(), *gpt.conditioning_perceiver.parameters()]
+    conditioning = [parameter for parameter in conditioning if parameter.requires_grad]
+    known = set(map(id, conditioning))
+    others = [p for p in (*gpt.parameters(), *trainer.reader.parameters()) if p.requires_grad and id(p) not in known]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in others if p.ndim > 1], "rate": rate, "weight_decay": 0.02},
+            {"params": [p for p in others if p.ndim == 1], "rate": rate, "weight_decay": 0.0},
+            {"params": conditioning, "rate": 2e-4, "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.96),
+        foreach=True,
+    )
+    start, mean = time.time(), torch.zeros(3)
+    for step, rows in zip(range(1, steps + 1), batches(data, seed, steps), strict=False):
+        share = step / steps
+        factor = min(1, step / 150) * (0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2)
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * factor
+        codes, mels, right = trainer.loss(rows)
+        optimizer.zero_grad()
+        (codes + 0.5 * mels).backward()
+        nn.utils.clip_grad_norm_(conditioning, 0.1)  # by themselves: they explode first
+        nn.utils.clip_grad_norm_(others, 1.0)
+        optimizer.step()
+        mean = mean.lerp(torch.stack([codes, mels, right]).detach(), 1 / min(step, 50))
+        if step % 50 == 0:
+            words = "codes {:.3f}, spectrogram {:.3f}, right {:.1%}".format(*mean.tolist())
+            print(f"{step} of {steps}, {(time.time() - start) / 60:.1f} min: {words}", flush=True)
+        if step % 250 == 0 or step == steps:
+            print(trainer.held_out(), flush=True)
+            torch.save({**trainer.state(), "step": step}, work / "gpt.new")
+            os.replace(work / "gpt.new", work / "gpt.pt")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="of learning, at most")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    train(arguments.work, arguments.steps, arguments.rate, arguments.seed)

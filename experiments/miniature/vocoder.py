@@ -1,0 +1,182 @@
+"""Train coqui-tts's HifiDecoder to speak the latents of the trained GPT.
+
+    python experiments/miniature/vocoder.py WORK [--steps 4000]
+
+Reads what data.py, codes.py and gpt.py wrote; writes WORK/vocoder.pt every 200 steps. What is there already is the
+start. It follows WORK/gpt.pt while gpt.py still trains beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchaudio
+from data import HELD_OUT, RATE, VOICES
+from gpt import Data
+from model import START, STRIDE, VOCODER_CHANNELS, latents, make_gpt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+OUTPUT_RATE = 24000
+SEGMENT = 16  # latents of an example, 0.74 s
+SAMPLES = int(SEGMENT * 4 * OUTPUT_RATE / RATE) * 256
+RESOLUTIONS = ((2048, 300), (1024, 170), (512, 90), (256, 50), (128, 30))  # window and hop of spectrograms
+
+
+class Speech:
+    """Latents of the GPT, teacher-forced, and the audio that they stand for."""
+
+    def __init__(self, work: Path, seed: int) -> None:
+        self.path = work / "gpt.pt"
+        self.data = Data.load(work)
+        self.audio = np.load(work / "audio.npy", mmap_mode="r")
+        self.starts = np.concatenate([[0], np.cumsum(np.load(work / "lengths.npy"))])
+        self.gpt = make_gpt(self.data.tokenizer).eval()
+        self.random = np.random.default_rng(seed)
+        self.upsample = torchaudio.transforms.Resample(RATE, OUTPUT_RATE)
+        self.changed = 0.0
+        self.step = 0
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Read the GPT again if it has been trained on, and take other recordings of its voices."""
+        if os.path.getmtime(self.path) != self.changed:
+            self.changed = os.path.getmtime(self.path)
+            saved = torch.load(self.path)
+            self.gpt.load_state_dict(saved["gpt"])
+            self.step = saved["step"]
+        self.voices = {name: self._voice(name) for name in VOICES}
+
+    def _voice(self, name: str) -> Tensor:
+        pool = self.data.references[name]
+        some = pool[self.random.integers(0, len(pool), 4).tolist()]
+        return self.gpt.get_style_emb(some[..., : self.random.integers(172, 346)]).transpose(1, 2)
+
+    @torch.no_grad()
+    def examples(self, count: int) -> tuple[Tensor, Tensor]:
+        """Latents (count, D, SEGMENT) and audio (count, SAMPLES) at 24 kHz."""
+        data = self.data
+        rows: list[int] = []
+        while len(rows) < count:
+            row = int(self.random.integers(0, len(data.texts) - HELD_OUT))
+            if len(data.codes[row]) >= SEGMENT:
+                rows.append(row)
+        tokens = [torch.tensor(data.tokens(row)) for row in rows]
+        lengths = torch.tensor([len(data.codes[row]) + 1 for row in rows])
+        codes = nn.utils.rnn.pad_sequence([F.pad(data.codes[row], (1, 0), value=START) for row in rows], True)
+        voices = torch.stack([self.voices[data.voices[row]][self.random.integers(0, 4)] for row in rows])
+        text = nn.utils.rnn.pad_sequence(tokens, True)
+        _, hidden = latents(self.gpt, voices, text, torch.tensor([len(row) for row in tokens]), codes, lengths)
+        segments, audio = [], []
+        for row, length, whole in zip(rows, lengths.tolist(), hidden, strict=True):
+            # The ends of sentences are short and need as much care as all the rest.
+            last = length - SEGMENT
+            start = last if self.random.random() < 0.1 else int(self.random.integers(0, last + 1))
+            segments.append(whole[start : start + SEGMENT].t())
+            audio.append(self._audio(row, start))
+        return torch.stack(segments), self.upsample(torch.stack(audio))[:, :SAMPLES]
+
+    def _audio(self, row: int, start: int) -> Tensor:
+        """Samples at 22.05 kHz of a sentence from a code on, a few more than a segment has."""
+        first = self.starts[row] + start * STRIDE
+        samples = self.audio[first : min(first + SEGMENT * STRIDE + 64, self.starts[row + 1])]
+        wave = torch.from_numpy(samples.astype(np.float32) / 32768)
+        return F.pad(wave, (0, SEGMENT * STRIDE + 64 - len(wave)))
+
+
+class Distance(nn.Module):
+    """How far speech is from other speech, by its spectrograms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.windows = {size: torch.hann_window(size) for size, _ in RESOLUTIONS}
+        self.mel = torchaudio.transforms.MelSpectrogram(
+            OUTPUT_RATE, 1024, 1024, 256, n_mels=100, f_max=12000, power=1, norm="slaney"
+        )
+
+    def forward(self, made: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """The whole distance, and that of log mel spectrograms alone."""
+        total = torch.zeros(())
+        for size, hop in RESOLUTIONS:
+            a, b = (
+                torch.stft(x, size, hop, window=self.windows[size], return_complex=True).abs() for x in (made, real)
+            )
+            floor = 1e-3 * size**0.5
+            total = total + (torch.log(a + floor) - torch.log(b + floor)).abs().mean()
+            total = total + (a - b).pow(2).sum().sqrt() / (b.pow(2).sum().sqrt() + 1e-3)
+        mel = (torch.log(self.mel(made) + 1e-4) - torch.log(self.mel(real) + 1e-4)).abs().mean()
+        return total / len(RESOLUTIONS) + mel, mel
+
+
+def upsampled(segments: Tensor) -> Tensor:
+    """Latents (B, D, N) at the frame rate of the vocoder, as ``HifiDecoder.forward`` makes them."""
+    frames = F.interpolate(segments, scale_factor=[4.0], mode="linear")
+    return F.interpolate(frames, scale_factor=[OUTPUT_RATE / RATE], mode="linear")
+
+
+def make_vocoder(width: int) -> tuple[Any, Tensor]:
+    """The network of coqui-tts's HifiDecoder, narrow, and the speaker embedding (1, 512, 1) that it always gets."""
+    from TTS.tts.layers.xtts.hifigan_decoder import HifiDecoder
+
+    decoder = HifiDecoder(decoder_input_dim=width, upsample_initial_channel_decoder=VOCODER_CHANNELS)
+    speaker = F.normalize(torch.randn(1, 512, generator=torch.Generator().manual_seed(0)), dim=1)
+    return decoder.waveform_decoder.train(), speaker[..., None]
+
+
+def train(work: Path, steps: int, rate: float, seed: int, batch: int = 4) -> None:
+    """Train for so many steps of ``batch`` segments."""
+    torch.manual_seed(seed)
+    speech, distance = Speech(work, seed), Distance()
+    network, speaker = make_vocoder(speech.gpt.final_norm.weight.numel())
+    optimizer = torch.optim.AdamW(network.parameters(), betas=(0.8, 0.99), weight_decay=0.0, foreach=True)
+    if (work / "vocoder.pt").exists():
+        saved = torch.load(work / "vocoder.pt")
+        network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
+    start, mean = time.time(), torch.zeros(2)
+    for step in range(1, steps + 1):
+        if step % 100 == 1:
+            speech.refresh()
+        share = step / steps
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, step / 50) * (0.03 + 0.97 * (1 + math.cos(math.pi * share)) / 2)
+        segments, real = speech.examples(batch)
+        made = network(upsampled(segments), g=speaker)[:, 0]
+        loss, mel = distance(made[:, : real.shape[1]], real)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 20.0)
+        optimizer.step()
+        mean = mean.lerp(torch.stack([loss, mel]).detach(), 1 / min(step, 50))
+        if step % 50 == 0:
+            words = "distance {:.3f}, of log mels {:.3f}".format(*mean.tolist())
+            print(
+                f"{step} of {steps}, {(time.time() - start) / 60:.1f} min: {words}; GPT of step {speech.step}",
+                flush=True,
+            )
+        if step % 200 == 0 or step == steps:
+            saved = {
+                "network": network.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "speaker": speaker,
+                "step": step,
+            }
+            torch.save(saved, work / "vocoder.new")
+            os.replace(work / "vocoder.new", work / "vocoder.pt")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--rate", type=float, default=1.2e-3, help="of learning, at most")
+    parser.add_argument("--seed", type=int, default=5)
+    arguments = parser.parse_args()
+    train(arguments.work, arguments.steps, arguments.rate, arguments.seed)
