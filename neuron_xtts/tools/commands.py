@@ -23,9 +23,11 @@ from neuron_xtts.options import Options, PatchOptions
 from neuron_xtts.precision import HOST_PRECISIONS, NEURON_PRECISIONS, Precision
 from neuron_xtts.tables import table
 from neuron_xtts.tools import demo
-from neuron_xtts.tools.bench import Results, methods, sentence, stream
+from neuron_xtts.tools.bench import Benchmark, Results, methods, sentence, stream
 from neuron_xtts.tools.doctor import examine
 from neuron_xtts.tools.inventory import listing, remove, take_inventory, unusable
+from neuron_xtts.tools.judge import Judge, by_name, read_texts
+from neuron_xtts.tools.judge.gates import Gate
 
 
 def run_demo(arguments: argparse.Namespace) -> int:
@@ -51,17 +53,13 @@ def run_bench(arguments: argparse.Namespace) -> int:
     """Measure patched against unpatched coqui-tts."""
     _quieten()
     results = _measure(arguments)
-    print(results)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results.to_dict(), indent=2) + "\n")
-    if arguments.markdown:
-        arguments.markdown.write_text(results.markdown())
+    _write(results, arguments)
     if arguments.png:
         results.draw(arguments.png)
     return 0
 
 
-def _measure(arguments: argparse.Namespace) -> Results:
+def _measure(arguments: argparse.Namespace) -> Benchmark:
     options, small, checkpoint = _patch_options(arguments), arguments.small, arguments.checkpoint
     on_host = Options.make(**options, to_run=True).neuron is None
     if arguments.what == "stream":
@@ -92,6 +90,40 @@ def _measure(arguments: argparse.Namespace) -> Results:
         memory=on_host,
         options=options,
     )
+
+
+def run_judge(arguments: argparse.Namespace) -> int:
+    """Judge speech; the status is 1 if a gate failed."""
+    _quieten()
+    options = _patch_options(arguments)
+    on_host = Options.make(**options, to_run=True).neuron is None
+    judge = Judge(
+        texts=read_texts(arguments.texts)[: arguments.limit],
+        recordings=by_name(arguments.speaker_wav),
+        precisions=arguments.precisions or (HOST_PRECISIONS if on_host else NEURON_PRECISIONS),
+        seeds=arguments.seeds,
+        recognizers=arguments.recognizers,
+        baseline=arguments.baseline,
+        espeak_voices=arguments.espeak_voice,
+        espeak_speed=arguments.espeak_speed,
+        gates=[
+            *(Gate.parse(text) for text in arguments.gate),
+            *(Gate.parse(text, by_interval=True) for text in arguments.gate_interval),
+        ],
+        options=options,
+    )
+    results = judge.run(arguments.checkpoint, arguments.audio)
+    _write(results, arguments)
+    return 0 if results.passed else 1
+
+
+def _write(results: Results, arguments: argparse.Namespace) -> None:
+    """Print results, and write them to the files that were asked for."""
+    print(results)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results.to_dict(), indent=2) + "\n")
+    if arguments.markdown:
+        arguments.markdown.write_text(results.markdown())
 
 
 def run_compile(arguments: argparse.Namespace) -> int:

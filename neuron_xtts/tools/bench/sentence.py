@@ -24,7 +24,7 @@ from neuron_xtts.coqui.models import SENTENCES
 from neuron_xtts.options import PatchOptions
 from neuron_xtts.precision import HOST, WEIGHT_BYTES, Precision
 from neuron_xtts.tables import Table
-from neuron_xtts.tools.bench import PLAIN, Figures, Results, Voice, in_precision, machine, prepare
+from neuron_xtts.tools.bench import PLAIN, Benchmark, Figures, Voice, in_precision, machine, prepare
 from neuron_xtts.tools.bench.accuracy import Accuracy, accuracy
 from neuron_xtts.tools.bench.stream import stream
 from neuron_xtts.tools.stopwatch import Stopwatch
@@ -107,7 +107,7 @@ def _speak_and_print_peak(precision: str, codes: int, small: bool) -> None:
 
 
 @dataclass(kw_only=True)
-class SentenceResults(Results):
+class SentenceResults(Benchmark):
     """Sentences of several lengths, in every precision.
 
     Attributes:

@@ -20,7 +20,7 @@ from neuron_xtts.coqui.models import SENTENCES
 from neuron_xtts.options import PatchOptions
 from neuron_xtts.patching.proxy import Installation
 from neuron_xtts.tables import Table
-from neuron_xtts.tools.bench import PLAIN, Figures, Results, Voice, machine, prepare
+from neuron_xtts.tools.bench import PLAIN, Benchmark, Figures, Voice, machine, prepare
 
 LENGTHS = (100, 300, 600)  # codes
 VARIANTS = (PLAIN, "neuron_xtts")
@@ -83,7 +83,7 @@ def stream(xtts: Any, voice: Voice, *, codes: int, size: int) -> Stream:
 
 
 @dataclass(kw_only=True)
-class StreamResults(Results):
+class StreamResults(Benchmark):
     """Streams of several lengths, patched and unpatched.
 
     Attributes:
