@@ -16,7 +16,7 @@ from neuron_xtts.tools.judge.gates import Gate
 from neuron_xtts.tools.judge.intervals import Estimate, Sums, difference, estimate
 from neuron_xtts.tools.judge.listening import RECOGNIZERS, Listener, hear_all
 from neuron_xtts.tools.judge.results import ESPEAK, SHUFFLED, JudgeResults, Sample
-from neuron_xtts.tools.judge.speaking import espeak, sounds_the_same
+from neuron_xtts.tools.judge.speaking import check_lengths, espeak, sounds_the_same
 from neuron_xtts.tools.judge.words import character_errors, normalize, word_errors
 from neuron_xtts.tools.recordings import read_wav, write_reference, write_wav
 
@@ -190,6 +190,12 @@ def test_lengths(heard, tmp_path):
     assert 0.4 < lengths[1] / lengths[0] < 0.7
 
 
+def test_a_sentence_that_is_too_long(xtts):
+    check_lengths(xtts, ["z" * 400])  # and the language: 401 tokens
+    with pytest.raises(ValueError, match="has 402 tokens, and XTTS takes less than 402: cut it"):
+        check_lengths(xtts, ["z", "z" * 401])
+
+
 def test_a_voice_that_espeak_does_not_have(tmp_path):
     with pytest.raises(ValueError, match=r"voice 'nobody' \(`espeak-ng --voices=en`.*does not exist"):
         espeak("hello", "nobody", 150, tmp_path / "a.wav")
@@ -219,7 +225,7 @@ def test_trained_weights(miniature, tmp_path, capsys):
     for variant, samples in results["samples"].items():
         assert len(samples) == 2 * 2 * len(voices)
         for metric, figure in figures[variant].items():
-            sums = np.sum([sample["ratios"][metric] for sample in samples], 0)
+            sums = np.sum([sample["ratios"].get(metric, (0, 0)) for sample in samples], 0)
             assert figure["value"] == pytest.approx(sums[0] / sums[1])
             assert figure["low"] <= figure["value"] <= figure["high"]
     wer = {variant: by["wer/moonshine"]["value"] for variant, by in figures.items()}
@@ -281,6 +287,7 @@ def asked(tmp_path):
         (["--gate", "mos >= 4"], "figure 'mos' does not exist; choose one of 'wer', 'cer'"),
         (["--baseline", "best"], "baseline 'best' does not exist; choose one of 'espeak-ng', 'shuffled', 'coqui-tts'"),
         (["--espeak-voice", "en-us", "en-gb"], "2 voices of espeak-ng for 1 recordings"),
+        (["--seeds", "1", "1"], "seeds [1, 1] must be different"),
         (["--limit", "1"], "1 sentences to judge: intervals need at least 2"),
         (["--speaker-wav", "b.wav"], "there is no recording b.wav"),
         (["--speaker-wav", "a/x.wav", "b/x.wav"], "of 2 recordings some have the same name"),
@@ -299,6 +306,13 @@ def test_texts_that_cannot_be_judged(asked, tmp_path, lines, error, capsys):
     (tmp_path / "texts.txt").write_text(lines)
     assert main(asked) == 1
     assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--baseline", "espeak-ng"], ["--gate", "wer - espeak-ng <= 0.03"]])
+def test_a_control_that_is_not_installed(asked, arguments, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    assert main([*asked, *arguments]) == 1
+    assert "espeak-ng: it is not installed; on Debian: apt-get install espeak-ng" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["jiwer", "moonshine_voice", "resemblyzer"])

@@ -28,7 +28,16 @@ from neuron_xtts.tools.judge.gates import Gate
 from neuron_xtts.tools.judge.listening import PACKAGES, RECOGNIZERS, Heard, Listener, hear_all
 from neuron_xtts.tools.judge.packages import check_extra
 from neuron_xtts.tools.judge.results import ESPEAK, METRICS, SHUFFLED, JudgeResults, Sample
-from neuron_xtts.tools.judge.speaking import Spoken, espeak, force, has_espeak, make_voice, sounds_the_same, speak
+from neuron_xtts.tools.judge.speaking import (
+    Spoken,
+    check_lengths,
+    espeak,
+    force,
+    has_espeak,
+    make_voice,
+    sounds_the_same,
+    speak,
+)
 from neuron_xtts.tools.judge.words import character_errors, normalize, word_errors
 
 
@@ -97,6 +106,8 @@ class Judge:
         for precision in self.precisions:
             options: PatchOptions = {"backend": "auto", "buckets": None, "store": None, **self.options}
             Options.make(**in_precision(options, precision), to_run=True)
+        if min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {list(self.seeds)} must be different, and none negative")
         if len(self.espeak_voices) not in (1, len(self.recordings)):
             raise ValueError(
                 f"{len(self.espeak_voices)} voices of espeak-ng for {len(self.recordings)} recordings; "
@@ -120,10 +131,12 @@ class Judge:
 
         Raises:
             FileNotFoundError: the checkpoint lacks a file.
+            ValueError: a sentence is longer than XTTS can say at once.
         """
         listener = Listener([])
         speakers = {name: listener.speaker(path) for name, path in self.recordings.items()}
         xtts = load_or_make(checkpoint, small=False).synthesizer.tts_model
+        check_lengths(xtts, self.texts)
         results = JudgeResults(machine=machine(), texts=self.texts, samples={}, baseline=self.baseline)
         results.machine |= {name: version(name) for name in PACKAGES}
         if has_espeak():
@@ -197,7 +210,8 @@ class Judge:
         reference = normalize(self.texts[text])
         words = {f"wer/{name}": word_errors(reference, normalize(said)) for name, said in heard.items()}
         characters = {f"cer/{name}": character_errors(reference, normalize(said)) for name, said in heard.items()}
-        return Sample(*take, heard=heard, ratios={**words, **characters, **(ratios or {})})
+        figures = {**words, **characters, **(ratios or {})}
+        return Sample(*take, heard=heard, ratios={name: (float(a), float(b)) for name, (a, b) in figures.items()})
 
 
 def read_texts(path: Path) -> list[str]:
@@ -238,12 +252,8 @@ def _speaker(heard: Heard, voice: str, speakers: Mapping[str, NDArray[np.float32
     cosines = {name: float(heard.speaker @ speaker) for name, speaker in speakers.items()}
     if len(speakers) == 1:
         return {"similarity": (cosines[voice], 1)}
-    ratios: dict[str, tuple[float, float]] = {}
-    for name in speakers:
-        mine = name == voice
-        ratios[f"similarity/{name}"] = (cosines[voice] * mine, mine)
-        ratios[f"wrong-voice/{name}"] = (mine and max(cosines, key=lambda other: cosines[other]) != voice, mine)
-    return ratios
+    nearest = max(cosines, key=lambda name: cosines[name])
+    return {f"similarity/{voice}": (cosines[voice], 1), f"wrong-voice/{voice}": (nearest != voice, 1)}
 
 
 def _check(what: str, name: str, known: Collection[str]) -> None:

@@ -40,7 +40,7 @@ class Sample:
         voice: the name of the recording whose voice it is in.
         seed: of the codes that were drawn; espeak-ng draws nothing, and says the same with every seed.
         heard: what each recognizer heard.
-        ratios: numerator and denominator of each figure, by name.
+        ratios: numerator and denominator of each figure, by name; of its own voice only.
     """
 
     sentence: int
@@ -80,8 +80,8 @@ class JudgeResults(Results):
 
     def metrics(self, *variants: str) -> list[str]:
         """Names of the figures that all of some variants have, or that any has if none is given."""
-        names = [set(samples[0].ratios) for samples in self.samples.values()]
-        kept = set.intersection(*(set(self.samples[v][0].ratios) for v in variants)) if variants else set.union(*names)
+        every = {variant: self._names(variant) for variant in variants or self.samples}
+        kept = set.intersection(*every.values()) if variants else set.union(*every.values())
         order = list(METRICS)
         return sorted(kept, key=lambda name: (order.index(name.partition("/")[0]), name))
 
@@ -146,12 +146,15 @@ class JudgeResults(Results):
     def _sums(self, variant: str, metric: str) -> Sums:
         sums = np.zeros((2, len(self.texts)))
         for sample in self.samples[variant]:
-            sums[:, sample.sentence] += sample.ratios[metric]
+            sums[:, sample.sentence] += sample.ratios.get(metric, (0, 0))
         return Sums(*sums)
 
     def _figures(self) -> Table:
         rows = [
-            (metric, *(_show(metric, self.estimate(v, metric)) if self._has(v, metric) else "" for v in self.samples))
+            (
+                metric,
+                *(_show(metric, self.estimate(v, metric)) if metric in self._names(v) else "" for v in self.samples),
+            )
             for metric in self.metrics()
         ]
         return (f"{len(self.texts)} sentences, 95 % intervals", *self.samples), rows
@@ -160,7 +163,7 @@ class JudgeResults(Results):
         rows = []
         for metric in self.metrics(self.baseline):
             cells = (
-                _show(metric, self.difference(v, metric, self.baseline), sign="+") if self._has(v, metric) else ""
+                _show(metric, self.difference(v, metric, self.baseline), sign="+") if metric in self._names(v) else ""
                 for v in self._compared
             )
             rows.append((metric, *cells))
@@ -179,8 +182,8 @@ class JudgeResults(Results):
         ]
         return ("gate", "variant", "figure", "found", ""), rows
 
-    def _has(self, variant: str, metric: str) -> bool:
-        return metric in self.samples[variant][0].ratios
+    def _names(self, variant: str) -> set[str]:
+        return {name for sample in self.samples[variant] for name in sample.ratios}
 
 
 def _show(metric: str, found: Estimate, sign: str = "") -> str:

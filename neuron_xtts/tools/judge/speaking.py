@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -51,6 +51,14 @@ class Spoken:
     stopped: bool
     call: _Call
     latents: Path | None
+
+
+def check_lengths(xtts: Any, texts: Sequence[str]) -> None:
+    """Raise ValueError if coqui-tts would refuse a sentence."""
+    for text in texts:
+        tokens, limit = len(xtts.tokenizer.encode(text.lower(), lang=LANGUAGE)), xtts.args.gpt_max_text_tokens
+        if tokens >= limit:
+            raise ValueError(f"{text!r} has {tokens} tokens, and XTTS takes less than {limit}: cut it into sentences")
 
 
 def make_voice(xtts: Any, recording: Path) -> Voice:
