@@ -35,7 +35,7 @@ command -v espeak-ng >/dev/null || install "espeak-ng is" espeak-ng || echo "Goi
 pip="$environment/bin/python -m pip install --quiet --disable-pip-version-check"
 case $environment in
 .venv)
-    echo "Installing torch, coqui-tts and the rest into $environment (about three minutes and 8 GB)"
+    echo "Installing torch, coqui-tts and the rest into $environment (about three minutes and 9 GB)"
     $pip --constraint constraints/neuron.txt --editable ".[host,eval,test]"
     ;;
 .venv-*)

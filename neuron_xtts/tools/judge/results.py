@@ -129,7 +129,15 @@ class JudgeResults(Results):
 
     def tables(self) -> list[Table]:
         """Figures, differences from the baseline, verdicts and notes."""
-        tables = [self._figures(), self._differences()]
+        tables = [
+            self._table(f"{len(self.texts)} sentences, 95 % intervals", list(self.samples), self.metrics(), None),
+            self._table(
+                f"difference from {self.baseline}, paired",
+                self._compared,
+                self.metrics(self.baseline),
+                self.baseline,
+            ),
+        ]
         if self.verdicts:
             tables.append(self._verdicts())
         if self.notes:
@@ -149,25 +157,15 @@ class JudgeResults(Results):
             sums[:, sample.sentence] += sample.ratios.get(metric, (0, 0))
         return Sums(*sums)
 
-    def _figures(self) -> Table:
-        rows = [
-            (
-                metric,
-                *(_show(metric, self.estimate(v, metric)) if metric in self._names(v) else "" for v in self.samples),
-            )
-            for metric in self.metrics()
-        ]
-        return (f"{len(self.texts)} sentences, 95 % intervals", *self.samples), rows
+    def _table(self, label: str, variants: Sequence[str], metrics: Sequence[str], baseline: str | None) -> Table:
+        """A row for each figure, or its difference from that of a baseline, and a column for each variant."""
 
-    def _differences(self) -> Table:
-        rows = []
-        for metric in self.metrics(self.baseline):
-            cells = (
-                _show(metric, self.difference(v, metric, self.baseline), sign="+") if metric in self._names(v) else ""
-                for v in self._compared
-            )
-            rows.append((metric, *cells))
-        return (f"difference from {self.baseline}, paired", *self._compared), rows
+        def cell(variant: str, metric: str) -> str:
+            if metric not in self._names(variant):
+                return ""
+            return _show(metric, self._figure(variant, metric, baseline), sign="+" if baseline else "")
+
+        return (label, *variants), [(metric, *(cell(variant, metric) for variant in variants)) for metric in metrics]
 
     def _verdicts(self) -> Table:
         rows = [
