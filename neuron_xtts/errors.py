@@ -17,6 +17,10 @@ class FrontendMissingError(NeuronXttsError, ImportError):
     """No XLA frontend is installed to lower graphs with."""
 
 
+class ExtraMissingError(NeuronXttsError, ImportError):
+    """What an optional extra of this library installs is not there."""
+
+
 class NeuronMissingError(NeuronXttsError, RuntimeError):
     """Neuron's packages, its driver or a device are not there."""
 

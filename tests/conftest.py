@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+from pathlib import Path
 
 import neuron_double
 import pytest
@@ -42,6 +43,15 @@ def reference(tmp_path_factory):
     path = tmp_path_factory.mktemp("reference") / "voice.wav"
     write_reference(path, seconds=3)
     return path
+
+
+@pytest.fixture(scope="session")
+def miniature():
+    """A folder with a small trained XTTS: its checkpoint, a recording of each of its voices, and sentences.txt."""
+    folder = Path(os.environ.get("NEURON_XTTS_MINIATURE", Path(__file__).parents[1] / "miniature"))
+    if not folder.is_dir():
+        pytest.skip(f"there is no {folder}")
+    return folder
 
 
 @pytest.fixture(scope="session")

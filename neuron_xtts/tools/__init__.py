@@ -1,1 +1,1 @@
-"""The command ``neuron-xtts`` and what it runs: demo, benchmarks, doctor. Nothing outside this package imports it."""
+"""The command ``neuron-xtts`` and what it runs: demo, judge, bench, doctor. Nothing outside this package imports it."""

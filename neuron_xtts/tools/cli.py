@@ -14,6 +14,7 @@ from neuron_xtts.buckets import BucketPlan
 from neuron_xtts.coqui.constants import STREAM_CHUNK
 from neuron_xtts.errors import NeuronXttsError
 from neuron_xtts.tools import commands
+from neuron_xtts.tools.bench import PLAIN
 from neuron_xtts.version import __version__
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -40,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(required=True, metavar="command")
-    for add in (_add_demo, _add_compile, _add_bench, _add_graphs, _add_doctor):
+    for add in (_add_demo, _add_judge, _add_compile, _add_bench, _add_graphs, _add_doctor):
         add(subparsers)
     return parser
 
@@ -128,6 +129,76 @@ def _add_bench(subparsers: Subparsers) -> None:
     bench.add_argument("--json", type=Path, metavar="FILE", help="write all samples and the figures made of them")
     bench.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
     bench.add_argument("--png", type=Path, metavar="FILE", help="draw the RTF, the time per chunk, or the means")
+
+
+def _add_judge(subparsers: Subparsers) -> None:
+    judge = subparsers.add_parser(
+        "judge",
+        help="judge speech: word error rate, similarity of speakers, length",
+        description="Speak sentences with plain coqui-tts and patched in every precision, with the same seeds, and "
+        "judge them: words by offline recognizers, similarity to the recorded voice, length, whether they stop by "
+        "themselves, and how near a precision is to coqui-tts. espeak-ng's own audio and shuffled texts are the "
+        "controls. Needs the extra eval. Exits with 1 if a gate failed.",
+    )
+    judge.set_defaults(run=commands.run_judge, precision="fp32", compiler_args=[])
+    judge.add_argument("--checkpoint", type=Path, metavar="DIR", required=True, help="an XTTS v2 checkpoint")
+    judge.add_argument(
+        "--speaker-wav", type=Path, metavar="FILE", nargs="+", required=True, help="one recording of each voice"
+    )
+    judge.add_argument("--texts", type=Path, metavar="FILE", required=True, help="English, one sentence a line")
+    judge.add_argument("--limit", type=_positive, metavar="N", help="only the first sentences")
+    judge.add_argument("--seeds", type=int, nargs="+", default=[1], help="of each sentence (default: 1)")
+    judge.add_argument("--precisions", nargs="+", metavar="NAME", help="(default: all that the backend has)")
+    _add_backend(judge)
+    _add_plan(judge)
+    judge.add_argument(
+        "--recognizers",
+        nargs="+",
+        metavar="NAME",
+        default=["moonshine"],
+        help="moonshine, whisper (default: moonshine)",
+    )
+    judge.add_argument(
+        "--baseline",
+        default=PLAIN,
+        metavar="VARIANT",
+        help="what the others are compared with: coqui-tts, espeak-ng or a precision (default: %(default)s)",
+    )
+    judge.add_argument(
+        "--espeak-voice",
+        nargs="+",
+        default=["en-us"],
+        metavar="NAME",
+        help="of the control, one for all voices or one for each (default: en-us)",
+    )
+    judge.add_argument(
+        "--espeak-speed", type=_positive, default=175, metavar="N", help="words per minute (default: %(default)s)"
+    )
+    judge.add_argument(
+        "--espeak-range",
+        type=_positive,
+        default=100,
+        metavar="PERCENT",
+        help="of the pitch that a voice has (default: %(default)s)",
+    )
+    judge.add_argument(
+        "--gate",
+        action="append",
+        default=[],
+        metavar="LIMIT",
+        help="exit with 1 unless it holds: [VARIANT] FIGURE [- BASELINE] <= NUMBER, or >=, such as 'wer <= 0.2' or "
+        "'wer - espeak-ng <= 0.03'",
+    )
+    judge.add_argument(
+        "--gate-interval",
+        action="append",
+        default=[],
+        metavar="LIMIT",
+        help="the same, for the whole 95 %% interval, such as 'int8 wer - fp32 <= 0.02'",
+    )
+    judge.add_argument("--json", type=Path, metavar="FILE", help="write all samples and the figures made of them")
+    judge.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
+    judge.add_argument("--audio", type=Path, metavar="DIR", help="keep what is spoken there")
 
 
 def _add_graphs(subparsers: Subparsers) -> None:

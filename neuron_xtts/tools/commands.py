@@ -23,9 +23,11 @@ from neuron_xtts.options import Options, PatchOptions
 from neuron_xtts.precision import HOST_PRECISIONS, NEURON_PRECISIONS, Precision
 from neuron_xtts.tables import table
 from neuron_xtts.tools import demo
-from neuron_xtts.tools.bench import Results, methods, sentence, stream
+from neuron_xtts.tools.bench import Benchmark, Results, methods, sentence, stream
 from neuron_xtts.tools.doctor import examine
 from neuron_xtts.tools.inventory import listing, remove, take_inventory, unusable
+from neuron_xtts.tools.judge import Judge, by_name
+from neuron_xtts.tools.judge.gates import Gate
 
 
 def run_demo(arguments: argparse.Namespace) -> int:
@@ -51,23 +53,19 @@ def run_bench(arguments: argparse.Namespace) -> int:
     """Measure patched against unpatched coqui-tts."""
     _quieten()
     results = _measure(arguments)
-    print(results)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results.to_dict(), indent=2) + "\n")
-    if arguments.markdown:
-        arguments.markdown.write_text(results.markdown())
+    _write(results, arguments)
     if arguments.png:
         results.draw(arguments.png)
     return 0
 
 
-def _measure(arguments: argparse.Namespace) -> Results:
+def _measure(arguments: argparse.Namespace) -> Benchmark:
     options, small, checkpoint = _patch_options(arguments), arguments.small, arguments.checkpoint
     on_host = Options.make(**options, to_run=True).neuron is None
     if arguments.what == "stream":
         return stream.bench_stream(
             lengths=arguments.codes or stream.LENGTHS,
-            texts=_texts(arguments),
+            texts=_texts(arguments.texts) if arguments.texts else (),
             size=arguments.chunk,
             rounds=arguments.rounds,
             small=small,
@@ -86,7 +84,7 @@ def _measure(arguments: argparse.Namespace) -> Results:
         )
     return sentence.bench_sentence(
         lengths=arguments.codes or sentence.LENGTHS,
-        texts=_texts(arguments),
+        texts=_texts(arguments.texts) if arguments.texts else (),
         rounds=arguments.rounds,
         precisions=precisions,
         small=small,
@@ -96,14 +94,46 @@ def _measure(arguments: argparse.Namespace) -> Results:
     )
 
 
-def _texts(arguments: argparse.Namespace) -> list[str]:
-    """The lines of the file that was named, but for empty ones."""
-    if arguments.texts is None:
-        return []
-    texts = [line.strip() for line in arguments.texts.read_text().splitlines() if line.strip()]
+def run_judge(arguments: argparse.Namespace) -> int:
+    """Judge speech; the status is 1 if a gate failed."""
+    _quieten()
+    options = _patch_options(arguments)
+    on_host = Options.make(**options, to_run=True).neuron is None
+    judge = Judge(
+        texts=_texts(arguments.texts)[: arguments.limit],
+        recordings=by_name(arguments.speaker_wav),
+        precisions=arguments.precisions or (HOST_PRECISIONS if on_host else NEURON_PRECISIONS),
+        seeds=arguments.seeds,
+        recognizers=arguments.recognizers,
+        baseline=arguments.baseline,
+        espeak_voices=arguments.espeak_voice,
+        espeak_speed=arguments.espeak_speed,
+        gates=[
+            *(Gate.parse(text) for text in arguments.gate),
+            *(Gate.parse(text, by_interval=True) for text in arguments.gate_interval),
+        ],
+        options=options,
+    )
+    results = judge.run(arguments.checkpoint, arguments.audio)
+    _write(results, arguments)
+    return 0 if results.passed else 1
+
+
+def _texts(path: Path) -> list[str]:
+    """The sentences in a UTF-8 file, one a line; empty lines are left out."""
+    texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not texts:
-        raise ValueError(f"{arguments.texts} has no text; expected one sentence a line")
+        raise ValueError(f"{path} has no text; expected one sentence a line")
     return texts
+
+
+def _write(results: Results, arguments: argparse.Namespace) -> None:
+    """Print results, and write them to the files that were asked for."""
+    print(results)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results.to_dict(), indent=2) + "\n")
+    if arguments.markdown:
+        arguments.markdown.write_text(results.markdown())
 
 
 def run_compile(arguments: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import math
 import wave
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,3 +37,9 @@ def write_wav(path: Path, samples: Tensor, rate: int) -> None:
         file.setsampwidth(2)
         file.setframerate(rate)
         file.writeframes(data)
+
+
+def read_wav(path: Path) -> Tensor:
+    """The samples (N,) of a 16-bit mono WAV file, as int16."""
+    with wave.open(str(path)) as file:
+        return torch.from_numpy(np.frombuffer(file.readframes(file.getnframes()), np.int16).copy())

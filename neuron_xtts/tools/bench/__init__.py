@@ -71,7 +71,7 @@ def utterances(lengths: Sequence[int], texts: Sequence[str]) -> tuple[Utterance,
 
 @dataclass(kw_only=True)
 class Results:
-    """What a benchmark found.
+    """What a benchmark or a judgement found.
 
     Attributes:
         machine: what the figures depend on, as `machine` returns it.
@@ -85,14 +85,6 @@ class Results:
         """Tables of the figures that matter, for reading."""
         raise NotImplementedError
 
-    def medians(self) -> dict[int | str, Figures] | dict[str, Figures]:
-        """The figures that matter, for programs: by what was measured, then by variant."""
-        raise NotImplementedError
-
-    def draw(self, path: Path) -> None:
-        """Draw the figures that matter into a PNG file."""
-        raise NotImplementedError
-
     def __str__(self) -> str:
         return "\n\n".join(table(*figures) for figures in self._all_tables())
 
@@ -102,7 +94,7 @@ class Results:
 
     def to_dict(self) -> dict[str, Any]:
         """All samples, and the figures made of them, as plain data."""
-        return asdict(self) | {"medians": self.medians()}
+        return asdict(self)
 
     def unpatch(self, xtts: object, variant: str) -> None:
         """Unpatch ``xtts``, and note what fell back while it was patched as ``variant``."""
@@ -118,6 +110,23 @@ class Results:
         if rows:
             tables.append((("fell back to coqui-tts", "because", "calls"), rows))
         return [*tables, (("machine", ""), [(name, str(value)) for name, value in self.machine.items()])]
+
+
+@dataclass(kw_only=True)
+class Benchmark(Results):
+    """What a benchmark measured."""
+
+    def medians(self) -> dict[int | str, Figures] | dict[str, Figures]:
+        """The figures that matter, for programs: by what was measured, then by variant."""
+        raise NotImplementedError
+
+    def draw(self, path: Path) -> None:
+        """Draw the figures that matter into a PNG file."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """All samples, and the medians, as plain data."""
+        return super().to_dict() | {"medians": self.medians()}
 
 
 def machine() -> dict[str, str | int]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import neuron_xtts
 from neuron_xtts.options import PatchOptions
 from neuron_xtts.tables import Table
-from neuron_xtts.tools.bench import PLAIN, Figures, Results, Voice, in_precision, machine, prepare
+from neuron_xtts.tools.bench import PLAIN, Benchmark, Figures, Voice, in_precision, machine, prepare
 
 #: Makes the inputs of one call and returns the call.
 MakeCall: TypeAlias = Callable[[], Callable[[], object]]
@@ -68,7 +68,7 @@ def share(name: str, iterations: int) -> int:
 
 
 @dataclass(kw_only=True)
-class MethodResults(Results):
+class MethodResults(Benchmark):
     """Methods by themselves, in every precision.
 
     Attributes:

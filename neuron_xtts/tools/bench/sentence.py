@@ -25,8 +25,8 @@ from neuron_xtts.precision import HOST, WEIGHT_BYTES, Precision
 from neuron_xtts.tables import Table
 from neuron_xtts.tools.bench import (
     PLAIN,
+    Benchmark,
     Figures,
-    Results,
     Utterance,
     Voice,
     exactly,
@@ -121,7 +121,7 @@ def _speak_and_print_peak(precision: str, codes: int, small: bool) -> None:
 
 
 @dataclass(kw_only=True)
-class SentenceResults(Results):
+class SentenceResults(Benchmark):
     """Sentences of several lengths, in every precision.
 
     Attributes:

@@ -21,8 +21,8 @@ from neuron_xtts.patching.proxy import Installation
 from neuron_xtts.tables import Table
 from neuron_xtts.tools.bench import (
     PLAIN,
+    Benchmark,
     Figures,
-    Results,
     Utterance,
     Voice,
     exactly,
@@ -91,7 +91,7 @@ def stream(xtts: Any, voice: Voice, utterance: Utterance, *, size: int) -> Strea
 
 
 @dataclass(kw_only=True)
-class StreamResults(Results):
+class StreamResults(Benchmark):
     """Streams of several lengths, patched and unpatched.
 
     Attributes:
