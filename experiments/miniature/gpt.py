@@ -30,6 +30,8 @@ DROPOUT = 0.15  # of merges of the text tokenizer: the same word comes in differ
 # continues the codes it has seen and does not listen to its text.
 CORRUPTION = 0.4
 POSITIONS = 1900  # in a batch
+GUIDED = (1, 2)  # layers, from 0, whose first head is shown the text
+SPREAD = 0.08  # of the sentence, by which a token may be said sooner or later than its place among the letters
 REFERENCE = (172, 345)  # frames of a reference recording: 2 to 4 s
 
 
@@ -73,6 +75,12 @@ class Data:
         tokenizer.model.dropout = dropout or None
         ids: list[int] = tokenizer.encode("[en]" + self.texts[row].replace(" ", "[SPACE]")).ids
         return [tokenizer.token_to_id("[START]"), *ids, 0]
+
+    def places(self, tokens: list[int]) -> Tensor:
+        """Where in a sentence its tokens (T,) are said, from 0 to 1, if every letter takes as long."""
+        pieces = [self.tokenizer.tokenizer.id_to_token(token) for token in tokens]
+        sizes = torch.tensor([{"[SPACE]": 1.0}.get(piece, 0.0 if piece[0] == "[" else len(piece)) for piece in pieces])
+        return (sizes.cumsum(0) - sizes / 2) / sizes.sum()
 
 
 def _references(
@@ -125,11 +133,15 @@ class Trainer:
                 module.p = 0.0
         for block in self.gpt.gpt.h:
             block.mlp.act = nn.GELU(approximate="tanh")  # the same function, as one operator
+        self._products: list[Tensor] = []  # of `GUIDED`, in one pass
+        for number in GUIDED:
+            attention = self.gpt.gpt.h[number].attn
+            attention.c_attn.register_forward_hook(lambda module, args, product: self._products.append(product))
         width = self.gpt.final_norm.weight.numel()
         self.reader = nn.Linear(2 * width, FRAMES * 80)
 
-    def loss(self, rows: list[int], texts: list[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross entropy of codes, error of spectrograms, and share of right codes.
+    def loss(self, rows: list[int], texts: list[int] | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Cross entropy of codes, error of spectrograms, error of guided attention, and share of right codes.
 
         Args:
             rows: of sentences.
@@ -148,6 +160,7 @@ class Trainer:
         voices = torch.stack([self.voice(name) for name in VOICES])
         voice = voices[[list(VOICES).index(data.voices[row]) for row in rows]]
         text = nn.utils.rnn.pad_sequence(tokens, True, 0)
+        self._products.clear()
         _, hidden = latents(gpt, voice, text, torch.tensor([len(row) for row in tokens]), inputs, lengths)
         real = torch.arange(hidden.shape[1]) < lengths[:, None]
         logits = gpt.mel_head(hidden[real])
@@ -155,7 +168,33 @@ class Trainer:
         read = self.reader(torch.cat([hidden[:, :-1], hidden[:, 1:]], -1)[spoken])
         mels = torch.cat([data.mels[row] for row in rows]).float()
         right = (logits.argmax(1) == targets[real]).float().mean()
-        return F.cross_entropy(logits, targets[real]), F.l1_loss(read, mels), right
+        return F.cross_entropy(logits, targets[real]), F.l1_loss(read, mels), self._astray(tokens, lengths), right
+
+    def _astray(self, tokens: list[Tensor], lengths: Tensor) -> Tensor:
+        """How far the first head of `GUIDED` layers looks from the token that is being said, when a code is drawn.
+
+        Without a hint it takes thousands of steps to find out that there is a text to read.
+        """
+        size = max(map(len, tokens))
+        places = torch.stack([F.pad(self.data.places(row.tolist()), (0, size - len(row)), value=9.0) for row in tokens])
+        codes = int(lengths.max())
+        now = (torch.arange(codes) + 0.5) / lengths[:, None]  # (B, M)
+        near = torch.exp(-((now[..., None] - places[:, None]) ** 2) / (2 * SPREAD**2))  # (B, M, T)
+        start = self._products[0].shape[1] - codes
+        late = torch.arange(codes) > torch.arange(codes)[:, None]  # (M, M)
+        padded = (torch.arange(size) >= torch.tensor([len(row) for row in tokens])[:, None])[:, None]  # (B, 1, T)
+        losses = []
+        for product in self._products:
+            width = product.shape[-1] // 3
+            head = width // self.gpt.gpt.config.n_head
+            query, key = product[:, start:, :head], product[..., width : width + head]
+            scores = query @ key.transpose(1, 2) / head**0.5  # (B, M, 32 + T + M)
+            voice, text, past = scores.split([start - size, size, codes], -1)
+            text = text.masked_fill(padded, -1e4)
+            weights = torch.cat([text, voice, past.masked_fill(late, -1e4)], -1).softmax(-1)
+            mass = (weights[..., :size] * near).sum(-1)
+            losses.append(-(mass + 1e-3).log()[torch.arange(codes) < lengths[:, None]].mean())
+        return torch.stack(losses).mean()
 
     def voice(self, name: str) -> Tensor:
         """Conditioning latents (32, D) of a recording of a voice: any one in training, else always the same."""
@@ -176,8 +215,9 @@ class Trainer:
             parts = [(rows[k : k + 20], texts[k : k + 20]) for k in range(0, HELD_OUT, 20)]
             figures.append(torch.tensor([self.loss(*part) for part in parts]).mean(0).tolist())
         self.gpt.train()
-        (own, mel, right), (other, _, _) = figures
-        return f"held out: {own:.3f}, {right:.1%} right, spectrogram {mel:.3f}; with other texts {other:.3f}"
+        (own, mel, astray, right), (other, *_) = figures
+        words = f"held out: {own:.3f}, {right:.1%} right, spectrogram {mel:.3f}, astray {astray:.3f}"
+        return f"{words}; with other texts {other:.3f}"
 
     def state(self) -> dict[str, Any]:
         """What is saved."""
@@ -206,21 +246,21 @@ def train(work: Path, steps: int, rate: float, seed: int) -> None:
         betas=(0.9, 0.96),
         foreach=True,
     )
-    start, mean = time.time(), torch.zeros(3)
+    start, mean = time.time(), torch.zeros(4)
     for step, rows in zip(range(1, steps + 1), batches(data, seed, steps), strict=False):
         share = step / steps
         factor = min(1, step / 150) * (0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2)
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * factor
-        codes, mels, right = trainer.loss(rows)
+        codes, mels, astray, right = trainer.loss(rows)
         optimizer.zero_grad()
-        (codes + 0.5 * mels).backward()
+        (codes + 0.5 * mels + 0.3 * (1 - share) * astray).backward()
         nn.utils.clip_grad_norm_(conditioning, 0.1)  # by themselves: they explode first
         nn.utils.clip_grad_norm_(others, 1.0)
         optimizer.step()
-        mean = mean.lerp(torch.stack([codes, mels, right]).detach(), 1 / min(step, 50))
+        mean = mean.lerp(torch.stack([codes, mels, astray, right]).detach(), 1 / min(step, 50))
         if step % 50 == 0:
-            words = "codes {:.3f}, spectrogram {:.3f}, right {:.1%}".format(*mean.tolist())
+            words = "codes {:.3f}, spectrogram {:.3f}, astray {:.3f}, right {:.1%}".format(*mean.tolist())
             print(f"{step} of {steps}, {(time.time() - start) / 60:.1f} min: {words}", flush=True)
         if step % 250 == 0 or step == steps:
             print(trainer.held_out(), flush=True)
