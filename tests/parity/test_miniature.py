@@ -53,12 +53,13 @@ def test_tts(tts, miniature, text, name):
     assert np.abs(theirs).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", VOICES)
 def test_ends_by_itself(tts, voices, plan, name):
     """At the same code as coqui-tts, for whatever seed, and sooner the less there is to say."""
     xtts = tts.synthesizer.tts_model
-    theirs = {(text, seed): speak(xtts, voices[name], text, seed) for text in (SHORT, LONG) for seed in (1, 2, 3)}
+    theirs = {(text, seed): speak(xtts, voices[name], text, seed) for text in (SHORT, LONG) for seed in (1, 2)}
     neuron_xtts.patch(tts, buckets=PLANS[plan], strict=True)
     lengths = {}
     for (text, seed), said in theirs.items():
@@ -95,6 +96,7 @@ def test_streams(tts, voices, plan, text):
     assert all_fallbacks(xtts) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_precisions_end_by_themselves(tts, voices, precision):
     """Near the length that fp32 has, though a code may be another."""
@@ -102,6 +104,6 @@ def test_precisions_end_by_themselves(tts, voices, precision):
     lengths = []
     for options in ({}, {"precision": precision}):
         neuron_xtts.patch(tts, strict=True, **options)
-        said = [speak(xtts, voices["f5"], LONG, seed)[0]["gpt_latents"].shape[1] for seed in (1, 2, 3)]
+        said = [speak(xtts, voices["f5"], LONG, seed)[0]["gpt_latents"].shape[1] for seed in (1, 2)]
         lengths.append(np.array(said))
     assert (np.abs(lengths[0] - lengths[1]) < 0.25 * lengths[0]).all()
