@@ -57,7 +57,7 @@ def _add_demo(subparsers: Subparsers) -> None:
     _add_model(demo)
     _add_plan(demo)
     _add_precision(demo)
-    demo.add_argument("--speaker-wav", type=Path, metavar="FILE", help="the voice to clone (default: a tone it makes)")
+    _add_speaker(demo)
     demo.add_argument("--text", help="the sentence")
     demo.add_argument("--language", default="en", help="of the sentence (default: %(default)s)")
     demo.add_argument("--codes", type=_positive, default=100, help="with random weights (default: %(default)s)")
@@ -97,6 +97,7 @@ def _add_bench(subparsers: Subparsers) -> None:
     _add_model(bench)
     _add_plan(bench)
     _add_precision(bench)
+    _add_speaker(bench)
     bench.add_argument(
         "what",
         type=lambda name: _FORMER_NAMES.get(name, name),
@@ -267,6 +268,12 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
         "--compiler-args", type=_assignment, action="append", default=[], metavar="GRAPH=ARGS",
         help="of neuronx-cc for one graph, such as vocoder=-O2",
     )  # fmt: skip
+
+
+def _add_speaker(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--speaker-wav", type=Path, metavar="FILE", help="the voice to clone (default: a tone it makes)"
+    )
 
 
 def _add_backend(parser: argparse.ArgumentParser) -> None:

@@ -70,6 +70,7 @@ def _measure(arguments: argparse.Namespace) -> Benchmark:
             rounds=arguments.rounds,
             small=small,
             checkpoint=checkpoint,
+            speaker_wav=arguments.speaker_wav,
             options=options,
         )
     precisions = arguments.precisions or (HOST_PRECISIONS if on_host else NEURON_PRECISIONS)
@@ -80,6 +81,7 @@ def _measure(arguments: argparse.Namespace) -> Benchmark:
             precisions=precisions,
             small=small,
             checkpoint=checkpoint,
+            speaker_wav=arguments.speaker_wav,
             options=options,
         )
     return sentence.bench_sentence(
@@ -89,6 +91,7 @@ def _measure(arguments: argparse.Namespace) -> Benchmark:
         precisions=precisions,
         small=small,
         checkpoint=checkpoint,
+        speaker_wav=arguments.speaker_wav,
         memory=on_host,
         options=options,
     )

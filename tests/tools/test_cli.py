@@ -167,6 +167,31 @@ def test_bench(tmp_path, capsys):
     assert files[1].read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["sentence", "stream"])
+def test_bench_until_sentences_end(what, tmp_path, miniature):
+    """Trained weights, as many codes as it takes."""
+    texts = ["Good morning.", "The dog ran after the cat, and the cat ran after the mouse."]
+    (tmp_path / "texts.txt").write_text("\n".join([*texts, ""]))
+    command = ["bench", what, "--checkpoint", str(miniature), "--speaker-wav", str(miniature / "f5.wav")]
+    command += ["--texts", str(tmp_path / "texts.txt"), "--rounds", "1", "--precisions", "fp32"]
+    assert main([*command, "--json", str(tmp_path / "bench.json")]) == 0
+    samples = json.loads((tmp_path / "bench.json").read_text())["samples"]
+    assert list(samples) == texts
+    if what == "sentence":
+        lengths = [{sample["length"] for taken in samples[text].values() for sample in taken} for text in texts]
+    else:
+        lengths = [{sample["samples"] for taken in samples[text].values() for sample in taken} for text in texts]
+    assert [len(length) for length in lengths] == [1, 1]  # the same, patched and plain
+    assert max(lengths[0]) < max(lengths[1])
+
+
+def test_bench_of_no_text(tmp_path, capsys):
+    (tmp_path / "texts.txt").write_text("\n\n")
+    assert main(["bench", "--small", "--texts", str(tmp_path / "texts.txt")]) == 1
+    assert "has no text; expected one sentence a line" in capsys.readouterr().err
+
+
 def test_sentences_share_no_audio():
     """One that begins like another would be vocoded only from where they differ."""
     xtts, voice = prepare(None, small=True)

@@ -147,15 +147,18 @@ def in_precision(options: PatchOptions, precision: str) -> PatchOptions:
     return {**options, "precision": precision}
 
 
-def prepare(checkpoint: Path | None, small: bool) -> tuple[Any, Voice]:
-    """An ``Xtts``, and the voice of a recording that is made for it.
+def prepare(checkpoint: Path | None, small: bool, speaker_wav: Path | None = None) -> tuple[Any, Voice]:
+    """An ``Xtts``, and the voice of a recording.
 
     Args:
         checkpoint: the folder of a real XTTS v2 checkpoint; None for random weights.
         small: a small model instead of one of full size, if the weights are random.
+        speaker_wav: the recording; None for a tone.
     """
     xtts = load_or_make(checkpoint, small).synthesizer.tts_model
     with tempfile.TemporaryDirectory() as folder:
-        write_reference(Path(folder) / "reference.wav")
-        latents, speaker = xtts.get_conditioning_latents(str(Path(folder) / "reference.wav"))
+        tone = Path(folder) / "reference.wav"
+        if speaker_wav is None:
+            write_reference(tone)
+        latents, speaker = xtts.get_conditioning_latents(str(speaker_wav or tone))
     return xtts, (latents, speaker)

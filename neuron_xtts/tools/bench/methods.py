@@ -145,6 +145,7 @@ def bench_methods(
     precisions: Sequence[str],
     small: bool = False,
     checkpoint: Path | None = None,
+    speaker_wav: Path | None = None,
     options: PatchOptions,
 ) -> MethodResults:
     """Time single methods, unpatched and in every precision, in turns of a few iterations.
@@ -157,9 +158,10 @@ def bench_methods(
         precisions: the precisions to patch with.
         small: a small model instead of one of full size, if the weights are random.
         checkpoint: the folder of a real XTTS v2 checkpoint; None for random weights.
+        speaker_wav: a recording of the voice; None for a tone.
         options: keyword arguments of `neuron_xtts.patch`, but for the precision.
     """
-    xtts, voice = prepare(checkpoint, small)
+    xtts, voice = prepare(checkpoint, small, speaker_wav)
     variants = (PLAIN, *precisions)
     calls = make_calls(xtts, voice, text, codes)
     samples: dict[str, dict[str, list[float]]] = {method: {name: [] for name in variants} for method in calls}

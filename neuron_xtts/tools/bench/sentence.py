@@ -233,6 +233,7 @@ def bench_sentence(
     precisions: Sequence[str],
     small: bool = False,
     checkpoint: Path | None = None,
+    speaker_wav: Path | None = None,
     memory: bool = True,
     options: PatchOptions,
 ) -> SentenceResults:
@@ -245,10 +246,11 @@ def bench_sentence(
         precisions: the precisions to patch with.
         small: a small model instead of one of full size, if the weights are random.
         checkpoint: the folder of a real XTTS v2 checkpoint; None for random weights.
+        speaker_wav: a recording of the voice; None for a tone.
         memory: on the host: measure peak memory, too, in processes of their own (of random weights).
         options: keyword arguments of `neuron_xtts.patch`, but for the precision.
     """
-    xtts, voice = prepare(checkpoint, small)
+    xtts, voice = prepare(checkpoint, small, speaker_wav)
     variants = (PLAIN, *precisions)
     spoken = utterances(lengths, texts)
     results = SentenceResults(

@@ -172,6 +172,7 @@ def bench_stream(
     rounds: int = 3,
     small: bool = False,
     checkpoint: Path | None = None,
+    speaker_wav: Path | None = None,
     options: PatchOptions,
 ) -> StreamResults:
     """Time streams with a known voice, patched and unpatched.
@@ -186,9 +187,10 @@ def bench_stream(
         rounds: how many rounds.
         small: a small model instead of one of full size, if the weights are random.
         checkpoint: the folder of a real XTTS v2 checkpoint; None for random weights.
+        speaker_wav: a recording of the voice; None for a tone.
         options: keyword arguments of `neuron_xtts.patch`.
     """
-    xtts, voice = prepare(checkpoint, small)
+    xtts, voice = prepare(checkpoint, small, speaker_wav)
     spoken = utterances(lengths, texts)
     samples: dict[int | str, dict[str, list[Stream]]] = {
         utterance.key: {name: [] for name in VARIANTS} for utterance in spoken
