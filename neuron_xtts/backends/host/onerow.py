@@ -70,6 +70,8 @@ class OneRow:
         self._layers = [linears.argument(layer) for block in blocks for layer in linears_of(block)]
         heads = decode.trunk.heads
         self._units = [_per_head(linears.takes(block.attn.c_proj), heads) for block in blocks]
+        # Units behind an activation have no offset.
+        self._factors = [units and units.factor for units in (linears.takes(block.mlp.c_proj) for block in blocks)]
         self._run = _program(linears.kind)
         self._dtype = torch.float32 if linears.kind == "fp32" else torch.float16
         self._allocate(positions)
@@ -116,6 +118,7 @@ class OneRow:
             self._slot_rows,
             self._norms,
             self._layers,
+            self._factors,
         )
         return self._decode.outputs(x)
 

@@ -23,8 +23,11 @@ from neuron_xtts.coqui.hooks import unhooked
 from neuron_xtts.errors import Fallback
 from neuron_xtts.graphs.transformer import Block, Latents, Trunk
 
-# Of a layer's median: what varies less in the sample, or weighs less, is not blown up as if it never did more.
+# Of the median over channels: what varies less in the sample, or weighs less, is not blown up as if it never did more.
 _LEAST = 0.01
+# Of the median over channels: an activation that is larger in the sample is made smaller. Channels of random weights,
+# and of a small model that was trained, do not reach it.
+_MOST = 5.0
 
 
 class Units(NamedTuple):
@@ -64,7 +67,7 @@ def values_in(units: Units) -> Units:
 
 @torch.no_grad()
 def find_units(trunk: Trunk, embeds: Tensor) -> dict[nn.Module, Units]:
-    """The units for the inputs of linear layers, but for those behind an activation, which cannot give others.
+    """The units for the inputs of linear layers; behind an activation only where they are needed.
 
     Nobody's hooks are called.
 
@@ -73,38 +76,48 @@ def find_units(trunk: Trunk, embeds: Tensor) -> dict[nn.Module, Units]:
         embeds: (1, L, D) embeddings such as come in front of it.
 
     Raises:
-        Fallback: a block has layers of another kind than GPT-2's.
+        Fallback: a block has layers of another kind than GPT-2's, or makes something that is not finite.
     """
     for block in trunk.h:
         norms: list[Any] = [block.ln_1, block.ln_2]
         for layer, kind in (*((norm, nn.LayerNorm) for norm in norms), *((one, Conv1D) for one in linears_of(block))):
             if type(layer) is not kind or layer.weight is None or layer.bias is None:
                 raise Fallback(f"a {type(layer).__name__} where a {kind.__name__} belongs")
-    inputs: list[tuple[Tensor, Tensor]] = []  # their mean and standard deviation
+    found: list[Units | None] = []
 
-    def watch(layer: nn.Module, x: Tensor) -> Tensor:
-        std, mean = torch.std_mean(x[0], 0)
-        inputs.append((mean, std))
+    def watch(layer: Any, x: Tensor) -> Tensor:
+        behind_activation = len(found) % 4 == 3
+        found.append(_damped(x[0]) if behind_activation else _balanced(x[0], layer.weight))
         return linear(layer, x)
 
     gpt2: Any = SimpleNamespace(h=[_unhooked(block) for block in trunk.h], ln_f=unhooked(trunk.ln_f))
     graph = Latents(Trunk(gpt2, unhooked(trunk.final_norm), trunk.heads))
     graph.use(HostOperators(watch))
-    graph(embeds)
-    layers: list[Any] = [layer for block in trunk.h for layer in linears_of(block)]
-    return {
-        layer: _balanced(mean, std, layer.weight)
-        for index, (layer, (mean, std)) in enumerate(zip(layers, inputs, strict=True))
-        if index % 4 != 3
-    }
+    (latents,) = graph(embeds)
+    if not latents.isfinite().all():
+        raise Fallback("latents of a sample that are not finite")
+    layers = (layer for block in trunk.h for layer in linears_of(block))
+    return {layer: units for layer, units in zip(layers, found, strict=True) if units}
 
 
-def _balanced(mean: Tensor, std: Tensor, weight: Tensor) -> Units:
-    """Units in which a channel has mean zero and is as large, next to the others, as its row of the weight."""
+def _balanced(x: Tensor, weight: Tensor) -> Units:
+    """Units in which a channel of ``x`` (L, C) has mean zero and is as large, next to the others, as its weights."""
+    std, mean = torch.std_mean(x, 0)
     rows = weight.square().mean(1).sqrt()
     rows, std = (size.clamp_min(_LEAST * float(size.median())).clamp_min(1e-12) for size in (rows, std))
     factor = (rows / std).sqrt()
     return Units(factor, -mean * factor)
+
+
+def _damped(x: Tensor) -> Units | None:
+    """Units in which no channel of ``x`` (L, C) is much larger than the others; None if none is.
+
+    Other units behind an activation take an operator of their own. Most values there are near zero, where they must
+    stay, and the largest are rare: a sample tells no more than which channels are far too large.
+    """
+    largest = x.abs().amax(0)
+    most = _MOST * float(largest.median())
+    return Units(most / largest.clamp_min(most), torch.zeros_like(largest)) if largest.max() > most > 0 else None
 
 
 def _unhooked(block: Block) -> SimpleNamespace:
