@@ -10,10 +10,10 @@ constant   the first block's MLP adds constants to the residual stream, so many 
 hidden     what goes into the MLP's activation, and the weights behind it smaller; no longer the same, since the
            activation is no straight line
 
-Each model is compared with itself in fp32: the latents and the likeliest codes of sentences that it spoke in fp32,
-the same codes put in; and how many codes are the same from the start of a sentence if the likeliest one is always
-taken. The figures of int8 are those of the library as it is, and those without the units of
-neuron_xtts/backends/host/smoothing.py.
+Each model is compared with itself in fp32: the latents and the likeliest codes of sentences, the same codes put in,
+those that a checkpoint says, or random ones where weights are random; and how many codes are the same from the start
+of a sentence if the likeliest one is always taken. The figures of int8 are those of the library as it is, and those
+without the units of neuron_xtts/backends/host/smoothing.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -149,8 +149,8 @@ class Case:
         xtts: the model.
         reference: a recording.
         texts: sentences.
-        codes: of each sentence; None for as many as the model says.
-        greedy: codes to take greedily for the first sentence.
+        codes: of each sentence, at random; None for those that the model says.
+        greedy: codes to take greedily for each sentence.
     """
 
     def __init__(self, xtts: Any, reference: Path, texts: list[str], codes: int | None, greedy: int) -> None:
@@ -158,12 +158,15 @@ class Case:
         self.voice = xtts.get_conditioning_latents(str(reference))[0]
         self.greedy = greedy
         self.texts = [torch.tensor(xtts.tokenizer.encode(text.lower(), lang="en"))[None] for text in texts]
-        length = {} if codes is None else {"min_new_tokens": codes, "max_new_tokens": codes}
-        sampling = {"do_sample": True, "top_k": 50, "top_p": 0.85, "temperature": 0.75, "repetition_penalty": 10.0}
-        with patched(xtts, "fp32"):
-            torch.manual_seed(1)
-            self.codes = [gpt.generate(self.voice, text, **sampling, **length) for text in self.texts]
-            self.taken = [self._take(text) for text in self.texts]
+        generator = torch.Generator().manual_seed(1)
+        if codes is not None:
+            self.codes = [torch.randint(gpt.start_audio_token, (1, codes), generator=generator) for _ in texts]
+        with patched(xtts, "fp32") if codes is None or greedy else nullcontext():
+            if codes is None:
+                torch.manual_seed(1)
+                self.codes = [self._generate(text, do_sample=True, top_k=50, top_p=0.85, temperature=0.75)
+                              for text in self.texts]  # fmt: skip
+            self.taken = self._take()
         self.latents = self._latents()
         self.likeliest = gpt.mel_head(self.latents).argmax(-1)
 
@@ -171,10 +174,9 @@ class Case:
         """Correlation of the latents, share of equal likeliest codes, and how many greedy ones are equal."""
         latents = self._latents()
         same = (self.gpt.mel_head(latents).argmax(-1) == self.likeliest).double().mean()
-        pairs = zip(self.texts, self.taken, strict=True)
-        ours, theirs = zip(*((self._take(text)[0], taken[0]) for text, taken in pairs), strict=True)
-        first = [int((a == b).cumprod(0).sum()) for a, b in zip(ours, theirs, strict=True)]
-        return f"{correlation(latents, self.latents):.6f}", f"{100 * same:.1f} %", f"{sum(first) / len(first):.0f}"
+        first = [int((ours == theirs).cumprod(-1).sum()) for ours, theirs in zip(self._take(), self.taken, strict=True)]
+        alike = (f"{sum(first) / len(first):.0f}",) if first else ()
+        return f"{correlation(latents, self.latents):.6f}", f"{100 * same:.1f} %", *alike
 
     def _latents(self) -> Tensor:
         """Latents (codes of all sentences, channels), teacher-forced."""
@@ -184,11 +186,13 @@ class Case:
             found.append(self.gpt(text, lengths[0], codes, lengths[1], cond_latents=self.voice, return_latent=True)[0])
         return torch.cat(found)
 
-    def _take(self, text: Tensor) -> Tensor:
-        codes: Tensor = self.gpt.generate(
-            self.voice, text, do_sample=False, repetition_penalty=10.0, min_new_tokens=self.greedy,
-            max_new_tokens=self.greedy,
-        )  # fmt: skip
+    def _take(self) -> list[Tensor]:
+        """The likeliest codes of each sentence; none if none were asked for."""
+        length = {"min_new_tokens": self.greedy, "max_new_tokens": self.greedy}
+        return [self._generate(text, do_sample=False, **length) for text in self.texts if self.greedy]
+
+    def _generate(self, text: Tensor, **arguments: Any) -> Tensor:
+        codes: Tensor = self.gpt.generate(self.voice, text, repetition_penalty=10.0, **arguments)
         return codes
 
 
@@ -200,8 +204,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a small model with random weights")
     parser.add_argument("--reference", type=Path, help="a recording to clone; default: noises")
     parser.add_argument("--texts", type=Path, help="sentences, one per line; default: one of ours")
-    parser.add_argument("--codes", type=int, help="of each sentence; default: as many as a checkpoint says, or 100")
-    parser.add_argument("--greedy", type=int, default=40)
+    parser.add_argument("--codes", type=int, help="random ones; default: those that a checkpoint says, or 100")
+    parser.add_argument("--greedy", type=int, default=40, help="codes of each sentence (default: 40)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--factors", type=float, nargs="+", default=[10, 30, 100])
@@ -211,7 +215,7 @@ def main() -> None:
     codes = arguments.codes or (None if arguments.checkpoint else 100)
     xtts = load_or_make(arguments.checkpoint, arguments.small).synthesizer.tts_model
     original = {name: tensor.clone() for name, tensor in xtts.gpt.state_dict().items()}
-    figures = ("PCC", "likeliest", f"of {arguments.greedy}")
+    figures = ("PCC", "likeliest", *((f"of {arguments.greedy}",) if arguments.greedy else ()))
     header = ("large", "times", *(f"{variant}: {figure}" for variant in arguments.variants for figure in figures))
     print("\n".join(markdown(header, [header]).splitlines()[:2]))
     with tempfile.TemporaryDirectory() as folder:

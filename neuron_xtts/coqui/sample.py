@@ -35,7 +35,7 @@ class Sample:
         """What it is made of, in a fixed order."""
         gpt: Any = self._networks.gpt
         parts = (*self._tables(), gpt.conditioning_encoder, getattr(gpt, "conditioning_perceiver", None))
-        return [tensor for part in parts if part is not None for tensor in tensors_of(part)]
+        return [tensor for part in parts if isinstance(part, nn.Module) for tensor in tensors_of(part)]
 
     @torch.no_grad()
     def embeds(self) -> Tensor:
@@ -48,7 +48,7 @@ class Sample:
         parts = []
         voice = self._voice()
         if voice is not None:
-            mel = torch.randn(1, voice.init.in_channels, _FRAMES, generator=generator)
+            mel = torch.randn(1, voice.init.in_channels, _FRAMES, generator=generator, dtype=torch.float32)
             parts.append(voice(mel)[0][0].T)
         tables = self._tables()
         if any(type(table) is not nn.Embedding or not is_plain(table) for table in tables):
@@ -58,10 +58,12 @@ class Sample:
             parts.append(tokens.weight[drawn] + positions.weight[:count])
         return torch.cat(parts)[None]
 
-    def _tables(self) -> tuple[nn.Embedding, ...]:
+    def _tables(self) -> tuple[Any, ...]:
         """Embeddings of text, its positions, codes and theirs."""
         gpt = self._networks.gpt
-        return gpt.text_embedding, gpt.text_pos_embedding.emb, gpt.mel_embedding, gpt.mel_pos_embedding.emb
+        positions = (getattr(table, "emb", None) for table in (gpt.text_pos_embedding, gpt.mel_pos_embedding))
+        text, codes = zip((gpt.text_embedding, gpt.mel_embedding), positions, strict=True)
+        return *text, *codes
 
     def _voice(self) -> Conditioning | None:
         """The graph of the voice encoder, unless it is another one or somebody hooked it."""

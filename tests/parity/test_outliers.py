@@ -231,3 +231,17 @@ def test_where_nothing_can_be_sampled(xtts, voice, caplog):
     speak(xtts, voice, max_new_tokens=5)
     assert caplog.text.count("in the model's units, which large channels may make coarse: embeddings of another") == 1
     assert all_fallbacks(xtts) == {}
+
+
+def test_other_defaults_of_torch(xtts):
+    """Units are the same where a patch comes under autocast, and another type is the default one."""
+    layer, factors = xtts.gpt.gpt.h[1].mlp.c_fc, []
+    for default, autocast in ((torch.float32, False), (torch.float64, False), (torch.float32, True)):
+        torch.set_default_dtype(default)
+        try:
+            with torch.autocast("cpu", enabled=autocast), neuron_xtts.patched(xtts, **INT8):
+                factors.append(find_patch(xtts).runner.backend._linears.takes(layer).factor)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(factors[1], factors[0])
+    assert torch.equal(factors[2], factors[0])

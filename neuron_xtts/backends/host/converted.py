@@ -157,7 +157,8 @@ class Linears:
         if self._sample is None:
             return {}
         try:
-            return find_units(trunk, self._sample.embeds())
+            with torch.autocast("cpu", enabled=False):
+                return find_units(trunk, self._sample.embeds())
         except Fallback as reason:
             logger.warning("int8 computes in the model's units, which large channels may make coarse: %s", reason)
             return {}
