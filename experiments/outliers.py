@@ -211,13 +211,19 @@ def main() -> None:
     parser.add_argument("--factors", type=float, nargs="+", default=[10, 30, 100])
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    from TTS.tts.layers.xtts.hifigan_decoder import HifiDecoder
+
     texts = arguments.texts.read_text().splitlines() if arguments.texts else SENTENCES[:1]
     codes = arguments.codes or (None if arguments.checkpoint else 100)
     xtts = load_or_make(arguments.checkpoint, arguments.small).synthesizer.tts_model
+    # Nothing is vocoded, and a narrow vocoder is converted in no time.
+    xtts.hifigan_decoder = HifiDecoder(
+        decoder_input_dim=xtts.gpt.final_norm.weight.shape[0], upsample_initial_channel_decoder=64
+    ).eval()
     original = {name: tensor.clone() for name, tensor in xtts.gpt.state_dict().items()}
     figures = ("PCC", "likeliest", *((f"of {arguments.greedy}",) if arguments.greedy else ()))
     header = ("large", "times", *(f"{variant}: {figure}" for variant in arguments.variants for figure in figures))
-    print("\n".join(markdown(header, [header]).splitlines()[:2]))
+    print("\n".join(markdown(header, [header]).splitlines()[:2]), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         reference = arguments.reference or Path(folder) / "reference.wav"
         if not arguments.reference:

@@ -14,8 +14,8 @@ from neuron_xtts.coqui.weights import is_plain, tensors_of
 from neuron_xtts.errors import Fallback
 from neuron_xtts.graphs.conditioning import Conditioning
 
-# Choices of ours, about as in a short sentence: mel frames of the voice, text tokens, codes. Ten times as many, or the
-# words and codes of real sentences, made int8 hardly better.
+# Choices of ours, about as in a short sentence: mel frames of the voice, text tokens, codes. Twice as many text tokens
+# and codes, or those of real sentences, made int8 hardly more exact (a probe on a small model that was trained).
 _FRAMES, _TEXT, _CODES = 64, 24, 72
 
 

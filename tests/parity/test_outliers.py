@@ -214,22 +214,27 @@ def test_a_state_outlives_its_weights(deep, voice):
 
 
 class Louder(torch.nn.Module):
-    """An embedding of another kind."""
+    """A layer of another kind."""
 
     def __init__(self, inner):
         super().__init__()
         self.inner = inner
 
-    def forward(self, codes):
-        return self.inner(codes)
+    def forward(self, x):
+        return self.inner(x)
 
 
-def test_where_nothing_can_be_sampled(xtts, voice, caplog):
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("mel_embedding", "embeddings of another kind"), ("gpt.h.1.mlp.c_fc", "a Louder where a Conv1D")],
+)
+def test_where_nothing_can_be_sampled(xtts, voice, caplog, path, reason):
     """int8 computes in the model's units, and says so once."""
-    xtts.gpt.mel_embedding = Louder(xtts.gpt.mel_embedding)
+    owner, _, name = path.rpartition(".")
+    setattr(xtts.gpt.get_submodule(owner), name, Louder(xtts.gpt.get_submodule(path)))
     neuron_xtts.patch(xtts, **INT8)
     speak(xtts, voice, max_new_tokens=5)
-    assert caplog.text.count("in the model's units, which large channels may make coarse: embeddings of another") == 1
+    assert caplog.text.count(f"in the model's units, which large channels may make coarse: {reason}") == 1
     assert all_fallbacks(xtts) == {}
 
 

@@ -129,7 +129,7 @@ class Linears:
         start = time.perf_counter()
         self._converted.clear()
         self.bytes = 0
-        takes = self._units(trunk) if all(map(is_plain, norms)) else {}
+        takes = self._units(trunk)
         # The values of attention are made in the units that the layer behind it takes.
         gives = {block.attn.c_attn: values_in(takes[block.attn.c_proj]) for block in trunk.h if takes}
         engine = torch.backends.quantized.engine

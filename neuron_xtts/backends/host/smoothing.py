@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from neuron_xtts.backends.host.kernels import linear
 from neuron_xtts.backends.host.operators import HostOperators
 from neuron_xtts.coqui.hooks import unhooked
+from neuron_xtts.coqui.weights import is_plain
 from neuron_xtts.errors import Fallback
 from neuron_xtts.graphs.transformer import Block, Latents, Trunk
 
@@ -72,17 +73,18 @@ def find_units(trunk: Trunk, embeds: Tensor) -> dict[nn.Module, Units]:
     Nobody's hooks are called.
 
     Args:
-        trunk: with the weights in fp32.
+        trunk: of the model.
         embeds: (1, L, D) embeddings such as come in front of it.
 
     Raises:
-        Fallback: a block has layers of another kind than GPT-2's, or makes something that is not finite.
+        Fallback: it has layers or weights of another kind than GPT-2's in fp32, or makes something that is not finite.
     """
-    for block in trunk.h:
-        norms: list[Any] = [block.ln_1, block.ln_2]
-        for layer, kind in (*((norm, nn.LayerNorm) for norm in norms), *((one, Conv1D) for one in linears_of(block))):
-            if type(layer) is not kind or layer.weight is None or layer.bias is None:
-                raise Fallback(f"a {type(layer).__name__} where a {kind.__name__} belongs")
+    norms = [trunk.ln_f, trunk.final_norm, *(norm for block in trunk.h for norm in (block.ln_1, block.ln_2))]
+    layers = [layer for block in trunk.h for layer in linears_of(block)]
+    part: Any
+    for part, kind in (*((norm, nn.LayerNorm) for norm in norms), *((layer, Conv1D) for layer in layers)):
+        if type(part) is not kind or part.weight is None or part.bias is None or not is_plain(part):
+            raise Fallback(f"a {type(part).__name__} where a {kind.__name__} with weights in fp32 belongs")
     found: list[Units | None] = []
 
     def watch(layer: Any, x: Tensor) -> Tensor:
@@ -96,7 +98,6 @@ def find_units(trunk: Trunk, embeds: Tensor) -> dict[nn.Module, Units]:
     (latents,) = graph(embeds)
     if not latents.isfinite().all():
         raise Fallback("latents of a sample that are not finite")
-    layers = (layer for block in trunk.h for layer in linears_of(block))
     return {layer: units for layer, units in zip(layers, found, strict=True) if units}
 
 
