@@ -13,6 +13,8 @@ from neuron_xtts.backends import Backend
 from neuron_xtts.backends.neuron.device import TARGET_VARIABLE, TARGETS, Neuron, find_neuron
 from neuron_xtts.backends.neuron.store import Recipe, Store
 from neuron_xtts.buckets import BucketPlan
+from neuron_xtts.coqui.sample import Sample
+from neuron_xtts.coqui.surface import Networks
 from neuron_xtts.coqui.weights import Digester
 from neuron_xtts.errors import NeuronMissingError
 from neuron_xtts.graphs.operators import Graph
@@ -108,13 +110,13 @@ class Options:
         assert self.neuron is not None
         return make_recipes(graphs, self.static_plan, self.precision, self.neuron, digester or Digester())
 
-    def make_backend(self, graphs: Mapping[str, Graph]) -> Backend:
-        """The backend, with its graphs loaded."""
+    def make_backend(self, networks: Networks, graphs: Mapping[str, Graph]) -> Backend:
+        """The backend of a model, with its graphs loaded."""
         if self.neuron is None:
             from neuron_xtts.backends.host.backend import CpuBackend
 
             aside = self.store.root / "aside" if self.precision.release else None
-            return CpuBackend(graphs, self.plan, HOST[self.precision.name], aside)
+            return CpuBackend(graphs, self.plan, HOST[self.precision.name], aside, Sample(networks))
         from neuron_xtts.backends.neuron.backend import NeuronBackend
 
         return NeuronBackend(

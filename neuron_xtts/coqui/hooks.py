@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Collection
 from typing import TypeVar
 
@@ -26,6 +27,14 @@ def is_hooked(module: nn.Module) -> bool:
         return False
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return any(not _records(hook) for hook in hooks)
+
+
+def unhooked(module: Module) -> Module:
+    """The same layer over the same tensors, without anybody's code."""
+    copied = copy.copy(module)
+    vars(copied).pop("forward", None)
+    copied._forward_hooks, copied._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return copied
 
 
 def check_unhooked(modules: Collection[nn.Module]) -> None:

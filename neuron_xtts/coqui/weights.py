@@ -36,6 +36,11 @@ def tensors_of(module: Tensors) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
+def is_plain(module: Tensors) -> bool:
+    """Whether the weights of a module are what can be converted: fp32 on the CPU."""
+    return all(tensor.dtype is torch.float32 and tensor.is_cpu for tensor in tensors_of(module))
+
+
 def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor: type, shape and contents."""
     data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)

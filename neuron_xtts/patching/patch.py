@@ -32,7 +32,8 @@ class Patch:
         # Before anything is put in place, everything that may fail is done.
         self._installations = {route.name: Installation(route.module(xtts), route.method) for route in ROUTES}
         voices = {route.name: VoiceMemo(voice_cache) for route in ROUTES if route.kind is Kind.REMEMBERED}
-        runner = self.runner = Runner(Networks.of(xtts), options.make_backend)
+        networks = Networks.of(xtts)
+        runner = self.runner = Runner(networks, partial(options.make_backend, networks))
         context = Context(runner, weakref.ref(xtts), LatentsMemo(), AudioMemo(runner.halo), voices)
         self.dispatcher = Dispatcher(context, strict=strict)
         for route in ROUTES:

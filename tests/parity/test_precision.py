@@ -10,8 +10,9 @@ from helpers import all_fallbacks, assert_identical, dicts, fallbacks, speak, st
 import neuron_xtts
 from neuron_xtts import BucketPlan, Precision
 from neuron_xtts.backends.host.backend import CpuBackend
-from neuron_xtts.backends.host.converted import HostVocoder, linears_of
+from neuron_xtts.backends.host.converted import HostVocoder
 from neuron_xtts.backends.host.kernels import multiply, pack
+from neuron_xtts.backends.host.smoothing import linears_of
 from neuron_xtts.backends.neuron.verification import correlation
 from neuron_xtts.coqui.models import random_tts
 from neuron_xtts.graphs.vocoder import Vocoder
@@ -198,7 +199,7 @@ def test_nothing_is_converted_twice(xtts, voice, precision, size):
     backend = find_patch(xtts).runner.backend
 
     def copies():
-        return [*backend._linears._packed.values(), backend._graphs["vocoder"]._copy]
+        return [*backend._linears._converted.values(), backend._graphs["vocoder"]._copy]
 
     linears = [layer for block in xtts.gpt.gpt.h for layer in linears_of(block)]
     assert backend._linears.bytes == size * sum(layer.weight.numel() for layer in linears)

@@ -16,6 +16,7 @@ from neuron_xtts.backends.host.onerow import OneRow
 from neuron_xtts.backends.host.operators import HostOperators
 from neuron_xtts.backends.memory import lazy_zeros
 from neuron_xtts.buckets import Bucket, BucketPlan
+from neuron_xtts.coqui.sample import Sample
 from neuron_xtts.errors import Fallback
 from neuron_xtts.graphs.operators import Graph
 from neuron_xtts.graphs.transformer import Decode, KeysAndValues, Trunk
@@ -43,6 +44,7 @@ class CpuBackend:
         plan: the buckets; None for `host_plan`.
         precision: of the graphs.
         aside: a folder where the model's own weights go while converted ones stand in for them; None to keep them.
+        sample: of what comes in front of the trunk; without one, int8 is coarse where channels are large.
     """
 
     name = "cpu"
@@ -53,11 +55,12 @@ class CpuBackend:
         plan: BucketPlan | None,
         precision: HostPrecision = HOST["fp32"],
         aside: Path | None = None,
+        sample: Sample | None = None,
     ) -> None:
         self.plan = plan or host_plan(graphs)
         self.precision = precision.name
         self.unavailable: dict[tuple[str, Bucket], str] = {}
-        self._linears = Linears(precision.linears, Aside(aside) if aside else None)
+        self._linears = Linears(precision.linears, Aside(aside) if aside else None, sample)
         in_bf16 = precision.vocoder == "bf16" and cpu_has("avx512_bf16", "amx_bf16")
         self._graphs: dict[str, Graph | HostVocoder] = {}
         for name, graph in graphs.items():
@@ -84,7 +87,7 @@ class CpuBackend:
             return
         for module in found.children():
             if isinstance(module, Trunk):
-                self._linears.convert(module.h)
+                self._linears.convert(module)
 
     def run(self, graph: str, bucket: Bucket, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         """See `Backend.run`."""

@@ -10,9 +10,8 @@ import ctypes
 import logging
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +19,12 @@ from transformers.pytorch_utils import Conv1D
 
 from neuron_xtts.backends.host.kernels import linear, multiply, pack, row_layer
 from neuron_xtts.backends.host.operators import HostOperators, Padding
+from neuron_xtts.backends.host.smoothing import Units, find_units, linears_of, values_in
 from neuron_xtts.coqui.hooks import is_hooked
-from neuron_xtts.coqui.weights import Stamp, stamp, tensors_of
+from neuron_xtts.coqui.sample import Sample
+from neuron_xtts.coqui.weights import Stamp, is_plain, stamp, tensors_of
 from neuron_xtts.errors import Fallback
-from neuron_xtts.graphs.transformer import Block
+from neuron_xtts.graphs.transformer import Trunk
 from neuron_xtts.graphs.vocoder import Vocoder, fold_weight_norm
 from neuron_xtts.precision import WEIGHT_BYTES
 
@@ -72,45 +73,76 @@ class Aside:
         self._moved.clear()
 
 
+class Converted(NamedTuple):
+    """A linear layer with converted weights.
+
+    Attributes:
+        packed: weight and bias, see `multiply`.
+        bias: that was packed.
+        takes: the units of its input; None for those of the model.
+        gives: the units of its output; likewise.
+    """
+
+    packed: torch.ScriptObject
+    bias: Tensor
+    takes: Units | None
+    gives: Units | None
+
+
 class Linears:
     """How the trunk's linear layers are applied.
 
     Args:
         kind: of their weights: ``"fp32"``, the model's own; ``"fp16"`` or ``"int8"``, copies.
         aside: where the originals of copies go; None to leave them where they are.
+        sample: what int8 finds units with; None to compute in those of the model.
 
     Attributes:
         bytes: of copies.
     """
 
-    def __init__(self, kind: str, aside: Aside | None = None) -> None:
+    def __init__(self, kind: str, aside: Aside | None = None, sample: Sample | None = None) -> None:
         self.kind = kind
         self.aside = aside
         self.bytes = 0
-        self._packed: dict[nn.Module, torch.ScriptObject] = {}
+        self._sample = sample if kind == "int8" else None
+        self._converted: dict[nn.Module, Converted] = {}
         self._stamp: State | None = None
 
-    def convert(self, blocks: Iterable[Block]) -> None:
+    def convert(self, trunk: Trunk) -> None:
         """Make copies of the weights of GPT-2 blocks, unless they are there."""
         if self.kind == "fp32":
             return
-        layers: list[Any] = [layer for block in blocks for layer in linears_of(block)]
+        layers: list[Any] = [layer for block in trunk.h for layer in linears_of(block)]
         # Another kind of layer computes as it likes; with weights of another kind the route falls back.
         layers = [layer for layer in layers if type(layer) is Conv1D and is_plain(layer)]
+        norms = [norm for block in trunk.h for norm in (block.ln_1, block.ln_2)]
 
         def state() -> State:
-            return tuple(map(id, layers)), stamp(tensor for layer in layers for tensor in tensors_of(layer))
+            seen = [tensor for layer in layers for tensor in tensors_of(layer)]
+            if self._sample:  # units depend on these, too
+                seen += [*(tensor for norm in norms for tensor in tensors_of(norm)), *self._sample.tensors()]
+            return tuple(map(id, layers)), stamp(seen)
 
         if state() == self._stamp:
             return
         start = time.perf_counter()
-        self._packed.clear()
+        self._converted.clear()
         self.bytes = 0
+        takes = self._units(trunk)
+        # The values of attention are made in the units that the layer behind it takes.
+        gives = {block.attn.c_attn: values_in(takes[block.attn.c_proj]) for block in trunk.h if takes}
         engine = torch.backends.quantized.engine
         torch.backends.quantized.engine = "fbgemm"  # of the packing; nothing else asks for it later
         try:
             for layer in layers:
-                self._packed[layer] = pack(self.kind, layer.weight.detach(), layer.bias.detach())
+                weight, bias = layer.weight.detach(), layer.bias.detach()
+                if layer in takes:
+                    weight, bias = takes[layer].taken(weight, bias)
+                if layer in gives:
+                    weight, bias = gives[layer].given(weight, bias)
+                packed = pack(self.kind, weight, bias)
+                self._converted[layer] = Converted(packed, bias, takes.get(layer), gives.get(layer))
                 self.bytes += WEIGHT_BYTES[self.kind] * layer.weight.numel()
                 if self.aside:
                     self.aside.move(layer.weight)
@@ -120,15 +152,29 @@ class Linears:
         seconds = time.perf_counter() - start
         logger.info("%d linear layers converted to %s in %.1f s", len(layers), self.kind, seconds)
 
+    def _units(self, trunk: Trunk) -> dict[nn.Module, Units]:
+        """The units of the layers' inputs, where they are others than the model's."""
+        if self._sample is None:
+            return {}
+        try:
+            with torch.autocast("cpu", enabled=False):
+                return find_units(trunk, self._sample.embeds())
+        except Fallback as reason:
+            logger.warning("int8 computes in the model's units, which large channels may make coarse: %s", reason)
+            return {}
+
     def __call__(self, module: Any, x: Tensor) -> Tensor:
         """``module(x)``."""
-        packed = self._packed.get(module)
-        if packed is None or is_hooked(module):
+        converted = self._converted.get(module)
+        if converted is None or is_hooked(module):
             return linear(module, x)
-        return multiply(self.kind, x, packed, module.bias)
+        if converted.takes:
+            x = converted.takes.into(x)
+        y = multiply(self.kind, x, converted.packed, converted.bias)
+        return converted.gives.out_of(y) if converted.gives else y
 
     def argument(self, module: Any) -> Any:
-        """The layer as the function `product_of` its kind takes it.
+        """The layer as the function `product_of` its kind takes it: its input and output are in units of its own.
 
         Raises:
             LookupError: this layer is none that could be.
@@ -136,14 +182,14 @@ class Linears:
         if not is_hooked(module):
             if self.kind == "fp32" and type(module) is Conv1D and module.weight.is_contiguous():
                 return row_layer(module)
-            if module in self._packed:
-                return self._packed[module]
+            if module in self._converted:
+                return self._converted[module].packed
         raise LookupError(f"a {type(module).__name__} with hooks, or of another kind")
 
-
-def linears_of(block: Block) -> tuple[nn.Module, ...]:
-    """The linear layers of a GPT-2 block, in the order in which they are applied."""
-    return block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
+    def takes(self, module: nn.Module) -> Units | None:
+        """The units of the input of a layer that has an `argument`; None for those of the model."""
+        converted = self._converted.get(module)
+        return converted.takes if converted else None
 
 
 class HostVocoder:
@@ -237,11 +283,6 @@ class InFloat(nn.Module):
         """The layer's result."""
         y: Tensor = self.layer(x.float())
         return y
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether the weights of a module are what can be converted: fp32 on the CPU."""
-    return all(tensor.dtype is torch.float32 and tensor.is_cpu for tensor in tensors_of(module))
 
 
 def give_back_memory() -> None:

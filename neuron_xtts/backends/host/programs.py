@@ -76,8 +76,8 @@ def one_row_blocks(product: Callable[[Tensor, Layer], Tensor]) -> Callable[..., 
     Returns:
         a function of the embedding (1, 1, channels); keys (blocks, H, C, K, W) and values (blocks, H, S, K), into which
         it writes; the position; the indices of the rows of keys (H, C K) and of values (H, S); two norms per block;
-        four linear layers per block. H heads have K channels each, S slots lie in C chunks of W. It gives the last
-        block's output (1, 1, channels).
+        four linear layers per block; and per block what the MLP's activation is multiplied by, or None. H heads have K
+        channels each, S slots lie in C chunks of W. It gives the last block's output (1, 1, channels).
     """
 
     def run(
@@ -89,6 +89,7 @@ def one_row_blocks(product: Callable[[Tensor, Layer], Tensor]) -> Callable[..., 
         slot_rows: Tensor,
         norms: list[Norm],
         layers: list[Layer],
+        factors: list[Tensor | None],
     ) -> Tensor:
         heads, channels, width = keys.shape[1], keys.shape[3], keys.shape[4]
         chunks, used = at // width + 1, at + 1
@@ -106,6 +107,9 @@ def one_row_blocks(product: Callable[[Tensor, Layer], Tensor]) -> Callable[..., 
             attended = sums(v.view(-1, channels), slot_rows, slot_bags, shares).to(x.dtype).view(x.shape)
             x = x + product(attended, layers[4 * i + 1])
             hidden = torch.ops.aten.gelu(product(norm(x, norms[2 * i + 1]), layers[4 * i + 2]), approximate="tanh")
+            factor = factors[i]
+            if factor is not None:
+                hidden = hidden * factor
             x = x + product(hidden, layers[4 * i + 3])
         return x
 
