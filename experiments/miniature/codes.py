@@ -3,7 +3,8 @@
     python experiments/miniature/codes.py WORK
 
 Writes WORK/mels.npy ((F, 80) in fp16, of all sentences, `FRAMES` for each code), WORK/norms.pt ((80,), what XTTS calls
-mel_stats), WORK/dvae.pt and WORK/codes.npy (of all sentences, one after another).
+mel_stats), WORK/dvae.pt and WORK/codes.npy (of all sentences, one after another). Spectrograms and tokenizer are made
+unless they are there.
 """
 
 from __future__ import annotations
@@ -132,8 +133,12 @@ def main(work: Path, steps: tuple[int, int]) -> None:
     """Make spectrograms, tokenizer and codes."""
     start = time.time()
     mels = torch.from_numpy(np.load(work / "mels.npy")) if (work / "mels.npy").exists() else spectrograms(work)
-    dvae = train(mels, steps=steps)
-    torch.save(dvae.state_dict(), work / "dvae.pt")
+    if (work / "dvae.pt").exists():
+        dvae = make_dvae().eval()
+        dvae.load_state_dict(torch.load(work / "dvae.pt"))
+    else:
+        dvae = train(mels, steps=steps)
+        torch.save(dvae.state_dict(), work / "dvae.pt")
     sizes = -(-np.load(work / "lengths.npy") // STRIDE)
     parts = mels.split((sizes * FRAMES).tolist())
     codes = [encode(dvae, part) for part in tqdm(parts, desc="codes", mininterval=10)]

@@ -61,24 +61,9 @@ def load_or_make(checkpoint: Path | None, small: bool) -> Any:
 
 
 def find_miniature() -> Path | None:
-    """The folder of the trained miniature, which stands beside the package in its repository; None elsewhere."""
+    """The folder of a trained miniature beside the package, ``miniature`` in its repository; None if there is none."""
     folder = Path(__file__).parents[2] / "miniature"
     return folder if (folder / "model.pth").is_file() else None
-
-
-def miniature() -> Path:
-    """The folder of the trained miniature: a small XTTS v2 that speaks words of its own world.
-
-    Raises:
-        FileNotFoundError: the package was installed without its repository.
-    """
-    folder = find_miniature()
-    if folder is None:
-        raise FileNotFoundError(
-            "the miniature is not part of the installed package; expected to run from a checkout of the repository, "
-            "where it is in the folder miniature, or to be given a checkpoint (--checkpoint DIR)"
-        )
-    return folder
 
 
 def load_tts(folder: Path) -> Any:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import neuron_xtts
 from neuron_xtts.coqui.constants import OUTPUT_RATE
-from neuron_xtts.coqui.models import SENTENCES, find_miniature, load_or_make, load_tts, miniature
+from neuron_xtts.coqui.models import SENTENCES, find_miniature, load_or_make, load_tts
 from neuron_xtts.options import PatchOptions
 from neuron_xtts.tables import table
 from neuron_xtts.tools.recordings import write_reference, write_wav
@@ -93,13 +93,13 @@ def run(
 ) -> str:
     """Speak a sentence with plain coqui-tts and patched, write both to files, and compare them.
 
-    By default the miniature speaks, whose words can be understood, and then a model of full size with random weights,
-    whose times are those of XTTS v2.
+    By default the miniature speaks if the package is used from a checkout that has one, and then a model of full size
+    with random weights, whose times are those of XTTS v2.
 
     Args:
-        out: the folder for what is written: plain.wav and patched.wav; of the model of full size full-plain.wav,
-            full-patched.wav and, unless a recording is given, reference.wav.
-        small: the miniature alone.
+        out: the folder for what is written: plain.wav, patched.wav and, unless a recording is given, reference.wav; of
+            what speaks after the miniature full-plain.wav and full-patched.wav.
+        small: the miniature alone, or without one a small model with random weights.
         checkpoint: the folder of an XTTS v2 checkpoint, to hear that one alone.
         speaker_wav: a recording of the voice to clone.
         text: one sentence.
@@ -112,32 +112,24 @@ def run(
         for each model a side-by-side table and the report.
 
     Raises:
-        FileNotFoundError: ``checkpoint`` lacks a file of those that coqui-tts downloads; or the miniature, which is no
-            part of the installed package, is not there.
+        FileNotFoundError: ``checkpoint`` lacks a file of those that coqui-tts downloads.
     """
     out.mkdir(parents=True, exist_ok=True)
     settings: dict[str, Any] = {"language": language, "seed": seed, "options": options}
+    files = out / "plain.wav", out / "patched.wav"
     if checkpoint:
-        voice = speaker_wav or _tone(out)
-        tts = load_or_make(checkpoint, small=False)
-        return compare(
-            tts, text or SENTENCES[0], speaker_wav=voice, files=(out / "plain.wav", out / "patched.wav"), **settings
-        )
+        tts, voice = load_or_make(checkpoint, small=False), speaker_wav or _tone(out)
+        return compare(tts, text or SENTENCES[0], speaker_wav=voice, files=files, **settings)
     parts = []
-    if small or find_miniature():
-        folder = miniature()
-        tts = load_tts(folder)
-        voice = speaker_wav or folder / MINIATURE_VOICE
-        files = out / "plain.wav", out / "patched.wav"
-        parts += [
-            f"The miniature ({folder})",
-            compare(tts, text or MINIATURE_TEXT, speaker_wav=voice, files=files, **settings),
-        ]
-    if not small:
-        tts = load_or_make(None, small=False)
+    miniature = find_miniature()
+    if miniature:
+        tts, voice = load_tts(miniature), speaker_wav or miniature / MINIATURE_VOICE
+        parts += [f"The miniature ({miniature})"]
+        parts += [compare(tts, text or MINIATURE_TEXT, speaker_wav=voice, files=files, **settings)]
         files = out / "full-plain.wav", out / "full-patched.wav"
-        voice = speaker_wav or _tone(out)
-        parts += ["Full size, random weights: real times, noise instead of words"]
+    if not miniature or not small:
+        tts, voice = load_or_make(None, small), speaker_wav or _tone(out)
+        parts += [f"{'Small' if small else 'Full size'}, random weights: real times, noise instead of words"]
         parts += [compare(tts, text or SENTENCES[0], speaker_wav=voice, files=files, codes=codes, **settings)]
     return "\n\n".join(parts)
 

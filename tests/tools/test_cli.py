@@ -39,36 +39,38 @@ def check_demo(out, folder, frames):
 
 
 @pytest.mark.slow
-def test_demo(tmp_path, miniature):
+def test_demo(tmp_path):
     """In a process of its own: the installed command, without a terminal."""
-    command = [sys.executable, "-m", "neuron_xtts", "demo", "--small", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "neuron_xtts", "demo", "--small", "--codes", "20", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
-    check_demo(done.stdout, tmp_path / "out", frames=None)
-    assert f"The miniature ({miniature})" in done.stdout
-    assert "a small voice from a machine" in done.stdout
-    assert "neuron_xtts: " in done.stderr  # the progress bars
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["patched.wav", "plain.wav"]
-
-
-@pytest.mark.slow
-def test_demo_of_full_size(tmp_path, monkeypatch):
-    """The miniature first, then random weights; both small here, which changes no line of the demo."""
-    monkeypatch.setattr(demo, "load_or_make", lambda checkpoint, small: random_tts(tmp_path / "random", small=True))
-    text = demo.run(tmp_path / "out", codes=20)
-    of_words, of_noise = text.split("Full size, random weights")
-    assert "largest difference of a sample" in of_words
-    assert "largest difference of a sample" in of_noise
-    assert len(samples(tmp_path / "out" / "full-plain.wav")) == int(20 * 4 * 24000 / 22050) * 256 + 10000
+    check_demo(done.stdout, tmp_path / "out", frames=int(20 * 4 * 24000 / 22050))
+    assert "Small, random weights" in done.stdout
+    assert "20/20" in done.stderr  # the progress bars
     assert (tmp_path / "out" / "reference.wav").is_file()
 
 
-def test_demo_without_the_miniature(tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_demo_with_a_trained_model(tmp_path, monkeypatch):
+    """One that stands beside the package speaks first, in a voice of its own."""
+    folder = tmp_path / "miniature"
+    random_tts(folder, small=True)
+    weights = torch.load(folder / "model.pth")
+    weights["model"]["gpt.mel_head.bias"][1025] = 4  # end after some tens of codes, as trained weights do
+    torch.save(weights, folder / "model.pth")
+    write_reference(folder / "f5.wav", seconds=2)
     monkeypatch.setattr(models, "__file__", str(tmp_path / "neuron_xtts" / "coqui" / "models.py"))
-    assert main(["demo", "--small", "--out", str(tmp_path / "out")]) == 1
-    assert "the miniature is not part of the installed package; expected to run from a checkout" in (
-        capsys.readouterr().err
-    )
+    monkeypatch.setattr(demo, "load_or_make", lambda checkpoint, small: random_tts(tmp_path / "random", small=True))
+    text = demo.run(tmp_path / "out", codes=20)
+    trained, random = text.split("Full size, random weights")
+    for part in (trained, random):
+        difference = next(line for line in part.splitlines() if line.startswith("largest difference")).split()[-1]
+        assert float(difference) < 1e-5
+    assert f"The miniature ({folder})" in trained
+    assert len(samples(tmp_path / "out" / "full-plain.wav")) == int(20 * 4 * 24000 / 22050) * 256 + 10000
+    names = ["full-patched.wav", "full-plain.wav", "patched.wav", "plain.wav", "reference.wav"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert "random weights" not in demo.run(tmp_path / "out", small=True)
 
 
 @pytest.mark.slow
