@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from model import FRAMES, STRIDE, make_dvae
+from model import COPIES, FRAMES, SOUNDS, STRIDE, make_dvae
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -112,21 +112,15 @@ def _set_codebook(codebook: Any, vectors: Tensor, batch: int) -> None:
 
 
 @torch.no_grad()
-def encode(dvae: Any, mel: Tensor) -> np.ndarray:
-    """The codes of a spectrogram (T, 80), none of them twice.
-
-    A frame takes the nearest code that its sentence has not used: coqui-tts's ``repetition_penalty=10`` would keep a
-    model that repeats codes from saying what it means.
-    """
+def encode(dvae: Any, mel: Tensor, random: np.random.Generator) -> np.ndarray:
+    """The codes of a spectrogram (T, 80), none of them twice: any code of the nearest sound that has one left."""
     vectors = dvae.encoder(mel.t()[None].float())[0].t()
     book = dvae.codebook.embed
-    distances = (book.pow(2).sum(0) - 2 * vectors @ book).numpy()
-    distances[:, FORBIDDEN] = np.inf
-    codes = np.empty(len(distances), np.int16)
-    for position, row in enumerate(distances):
-        codes[position] = code = row.argmin()
-        distances[position + 1 :, code] = np.inf
-    return codes
+    nearest = (book.pow(2).sum(0) - 2 * vectors @ book).argsort(1).tolist()
+    left = {sound: random.permutation(range(COPIES * sound, COPIES * (sound + 1))).tolist() for sound in range(SOUNDS)}
+    left[FORBIDDEN // COPIES].remove(FORBIDDEN)
+    codes = [left[next(sound for sound in sounds if left[sound])].pop() for sounds in nearest]
+    return np.array(codes, np.int16)
 
 
 def main(work: Path, steps: tuple[int, int]) -> None:
@@ -141,15 +135,16 @@ def main(work: Path, steps: tuple[int, int]) -> None:
         torch.save(dvae.state_dict(), work / "dvae.pt")
     sizes = -(-np.load(work / "lengths.npy") // STRIDE)
     parts = mels.split((sizes * FRAMES).tolist())
-    codes = [encode(dvae, part) for part in tqdm(parts, desc="codes", mininterval=10)]
+    random = np.random.default_rng(0)
+    codes = [encode(dvae, part, random) for part in tqdm(parts, desc="codes", mininterval=10)]
     np.save(work / "codes.npy", np.concatenate(codes))
     with torch.no_grad():
         pairs = [
-            (dvae.decode(torch.from_numpy(c).long()[None])[0][0].t(), m.float())
+            (dvae.decode(torch.from_numpy(c).long()[None] // COPIES)[0][0].t(), m.float())
             for c, m in zip(codes[:300], parts, strict=False)
         ]
     error = np.mean([F.mse_loss(*pair).item() for pair in pairs])
-    print(f"squared error of unique codes {error:.4f} of a variance of {mels[::50].float().var():.3f}")
+    print(f"squared error of codes {error:.4f} of a variance of {mels[::50].float().var():.3f}")
     used = len(np.unique(np.concatenate(codes)))
     print(f"{used} codes used, {sizes.mean():.1f} a sentence; {time.time() - start:.0f} s")
 

@@ -24,7 +24,7 @@ from world import sentence
 RATE = 22050
 #: espeak-ng's voices by the name that they have here: far apart for a speaker encoder, clear for a recognizer.
 VOICES = {"klatt": "en-us+klatt", "f5": "en-us+f5"}
-WORDS_PER_MINUTE, PITCH_RANGE = 150, 60  # the latter in percent of what the voice has
+WORDS_PER_MINUTE, PITCH_RANGE = 150, 20  # the latter in percent of what the voice has
 SHORTEST, LONGEST = 0.3, 6.0  # seconds
 _RAMP = np.linspace(0, 1, 66, dtype=np.float32)  # 3 ms, so that no cut clicks
 HELD_OUT = 240  # of the last sentences, to follow the training
@@ -89,7 +89,7 @@ class Espeak:
         if self._library.espeak_SetVoiceByName(VOICES[voice].encode()):
             raise RuntimeError(f"espeak-ng has no voice {VOICES[voice]}")
         self._library.espeak_SetParameter(_SPEED, WORDS_PER_MINUTE, 0)
-        # A narrower range of pitch has less to learn.
+        # A narrower range of pitch has less to learn: a voiced sound has other codes at another pitch.
         marked = f'<speak><prosody range="{PITCH_RANGE}%">{escape(text)}</prosody></speak>'.encode() + b"\0"
         size = ctypes.c_size_t(len(marked))
         self._library.espeak_Synth(marked, size, 0, 1, 0, _UTF8 | _MARKUP, None, None)

@@ -21,7 +21,19 @@ from typing import Any
 import numpy as np
 import torch
 from data import HELD_OUT, RATE, VOICES
-from model import FRAMES, START, STOP, STRIDE, conditioning_mel, latents, load_tokenizer, make_gpt, write_vocabulary
+from model import (
+    COPIES,
+    FRAMES,
+    SOUNDS,
+    START,
+    STOP,
+    STRIDE,
+    conditioning_mel,
+    latents,
+    load_tokenizer,
+    make_gpt,
+    write_vocabulary,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -141,7 +153,7 @@ class Trainer:
         self.reader = nn.Linear(2 * width, FRAMES * 80)
 
     def loss(self, rows: list[int], texts: list[int] | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Cross entropy of codes, error of spectrograms, error of guided attention, and share of right codes.
+        """Cross entropy of sounds, error of spectrograms, error of guided attention, and share of right sounds.
 
         Args:
             rows: of sentences.
@@ -167,8 +179,9 @@ class Trainer:
         spoken = real[:, 1:]
         read = self.reader(torch.cat([hidden[:, :-1], hidden[:, 1:]], -1)[spoken])
         mels = torch.cat([data.mels[row] for row in rows]).float()
-        right = (logits.argmax(1) == targets[real]).float().mean()
-        return F.cross_entropy(logits, targets[real]), F.l1_loss(read, mels), self._astray(tokens, lengths), right
+        wanted = targets[real]
+        right = (logits.argmax(1) // COPIES == wanted // COPIES).float().mean()
+        return _surprise(logits, wanted), F.l1_loss(read, mels), self._astray(tokens, lengths), right
 
     def _astray(self, tokens: list[Tensor], lengths: Tensor) -> Tensor:
         """How far the first head of `GUIDED` layers looks from the token that is being said, when a code is drawn.
@@ -222,6 +235,18 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """What is saved."""
         return {"gpt": self.gpt.state_dict(), "reader": self.reader.state_dict()}
+
+
+def _surprise(logits: Tensor, codes: Tensor) -> Tensor:
+    """Cross entropy of sounds, where every code of the right sound shall be as probable as the others.
+
+    Which of them comes is chance: a model that had to guess it would learn from noise.
+    """
+    surprise = -logits.log_softmax(1)
+    of_sounds = surprise[:, : SOUNDS * COPIES].unflatten(1, (SOUNDS, COPIES)).mean(2) - math.log(COPIES)
+    spoken = codes < START
+    sounds = of_sounds.gather(1, (codes.clamp(max=START - 1) // COPIES)[:, None])[:, 0]
+    return torch.where(spoken, sounds, surprise[:, STOP]).mean()
 
 
 def train(work: Path, steps: int, rate: float, seed: int) -> None:

@@ -23,6 +23,9 @@ ARGS = {
 START, STOP = 1024, 1025  # audio codes
 STRIDE = 1024  # samples of a code at 22.05 kHz
 FRAMES = 4  # of a spectrogram, in a code
+# There are few sounds, and of each several codes that mean the same: coqui-tts's ``repetition_penalty`` keeps a
+# sentence from having a code twice, and a sound comes back up to nine times.
+SOUNDS, COPIES = 128, 8
 LANGUAGES = "en es fr de it pt pl tr ru nl cs ar zh-cn hu ko ja hi".split()
 VOCODER_CHANNELS = 128  # of its first stage
 TEXT_TOKENS = 1500
@@ -85,11 +88,11 @@ def make_gpt(tokenizer: Any) -> Any:
 
 
 def make_dvae() -> Any:
-    """coqui-tts's DiscreteVAE over spectrograms: one code for `FRAMES` frames. It is no part of the checkpoint."""
+    """coqui-tts's DiscreteVAE over spectrograms: one sound for `FRAMES` frames. It is no part of the checkpoint."""
     from TTS.tts.layers.xtts.dvae import DiscreteVAE
 
     return DiscreteVAE(
-        channels=80, normalization=None, positional_dims=1, num_tokens=1024, codebook_dim=128, hidden_dim=96,
+        channels=80, normalization=None, positional_dims=1, num_tokens=SOUNDS, codebook_dim=128, hidden_dim=96,
         num_resnet_blocks=1, kernel_size=3, num_layers=2, use_transposed_convs=False,
     )  # fmt: skip
 
