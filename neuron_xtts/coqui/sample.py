@@ -42,7 +42,7 @@ class Sample:
         """Embeddings (1, L, D) with positions.
 
         Raises:
-            Fallback: embeddings are no tables of rows in fp32 on the CPU.
+            LookupError: embeddings are no tables of rows in fp32 on the CPU.
         """
         generator = torch.Generator().manual_seed(0)
         parts = []
@@ -52,7 +52,7 @@ class Sample:
             parts.append(voice(mel)[0][0].T)
         tables = self._tables()
         if any(type(table) is not nn.Embedding or not is_plain(table) for table in tables):
-            raise Fallback("embeddings of another kind")
+            raise LookupError("embeddings of another kind")
         for (tokens, positions), count in zip((tables[:2], tables[2:]), (_TEXT, _CODES), strict=True):
             drawn = torch.randint(tokens.num_embeddings, (count,), generator=generator)
             parts.append(tokens.weight[drawn] + positions.weight[:count])

@@ -159,7 +159,7 @@ class Linears:
         try:
             with torch.autocast("cpu", enabled=False):
                 return find_units(trunk, self._sample.embeds())
-        except Fallback as reason:
+        except LookupError as reason:
             logger.warning("int8 computes in the model's units, which large channels may make coarse: %s", reason)
             return {}
 

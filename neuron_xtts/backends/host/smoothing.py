@@ -21,7 +21,6 @@ from neuron_xtts.backends.host.kernels import linear
 from neuron_xtts.backends.host.operators import HostOperators
 from neuron_xtts.coqui.hooks import unhooked
 from neuron_xtts.coqui.weights import is_plain
-from neuron_xtts.errors import Fallback
 from neuron_xtts.graphs.transformer import Block, Latents, Trunk
 
 # Of the median over channels: what varies less in the sample, or weighs less, is not blown up as if it never did more.
@@ -77,14 +76,14 @@ def find_units(trunk: Trunk, embeds: Tensor) -> dict[nn.Module, Units]:
         embeds: (1, L, D) embeddings such as come in front of it.
 
     Raises:
-        Fallback: it has layers or weights of another kind than GPT-2's in fp32, or makes something that is not finite.
+        LookupError: it has layers or weights of another kind than GPT-2's in fp32, or makes what is not finite.
     """
     norms = [trunk.ln_f, trunk.final_norm, *(norm for block in trunk.h for norm in (block.ln_1, block.ln_2))]
     layers = [layer for block in trunk.h for layer in linears_of(block)]
     part: Any
     for part, kind in (*((norm, nn.LayerNorm) for norm in norms), *((layer, Conv1D) for layer in layers)):
         if type(part) is not kind or part.weight is None or part.bias is None or not is_plain(part):
-            raise Fallback(f"a {type(part).__name__} where a {kind.__name__} with weights in fp32 belongs")
+            raise LookupError(f"a {type(part).__name__} where a {kind.__name__} with weights in fp32 belongs")
     found: list[Units | None] = []
 
     def watch(layer: Any, x: Tensor) -> Tensor:
@@ -97,7 +96,7 @@ def find_units(trunk: Trunk, embeds: Tensor) -> dict[nn.Module, Units]:
     graph.use(HostOperators(watch))
     (latents,) = graph(embeds)
     if not latents.isfinite().all():
-        raise Fallback("latents of a sample that are not finite")
+        raise LookupError("latents of a sample that are not finite")
     return {layer: units for layer, units in zip(layers, found, strict=True) if units}
 
 
