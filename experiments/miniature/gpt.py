@@ -3,7 +3,7 @@
     python experiments/miniature/gpt.py WORK [--steps 5000]
 
 Reads what data.py and codes.py wrote; writes WORK/vocab.json and, every 250 steps, WORK/gpt.pt. What is there already
-is the start, unless it has other sizes.
+is the start.
 """
 
 from __future__ import annotations
