@@ -53,7 +53,8 @@ class Sample:
         tables = self._tables()
         if any(type(table) is not nn.Embedding or not is_plain(table) for table in tables):
             raise LookupError("embeddings of another kind")
-        for (tokens, positions), count in zip((tables[:2], tables[2:]), (_TEXT, _CODES), strict=True):
+        for (tokens, positions), most in zip((tables[:2], tables[2:]), (_TEXT, _CODES), strict=True):
+            count = min(most, positions.num_embeddings)  # a model may be made for shorter sentences
             drawn = torch.randint(tokens.num_embeddings, (count,), generator=generator)
             parts.append(tokens.weight[drawn] + positions.weight[:count])
         return torch.cat(parts)[None]

@@ -17,6 +17,7 @@ from neuron_xtts.backends.host.onerow import OneRow
 from neuron_xtts.backends.host.smoothing import linears_of
 from neuron_xtts.backends.neuron.verification import correlation
 from neuron_xtts.coqui.embeddings import embed_prefix
+from neuron_xtts.coqui.models import random_tts
 from neuron_xtts.graphs.transformer import KeysAndValues
 from neuron_xtts.patching.patch import find_patch
 
@@ -184,6 +185,23 @@ def test_the_model_stays_as_it_is(xtts):
     with neuron_xtts.patched(xtts, **INT8):
         assert dicts(xtts.gpt.gpt) == held
         assert all(torch.equal(tensor, before[name]) for name, tensor in xtts.state_dict().items())
+
+
+@pytest.mark.parametrize("sizes", [{"gpt_max_audio_tokens": 9}, {"gpt_max_text_tokens": 12}])
+@torch.no_grad()
+def test_models_for_short_sentences(tmp_path, reference, sizes):
+    """Their units are found like those of others, with as many positions as there are."""
+    xtts = random_tts(tmp_path, small=True, **sizes).synthesizer.tts_model
+    outliers.norms(xtts.gpt, 100)
+    voice, text, codes = voice_of(xtts, reference), TEXT[:, :10], CODES[:, :6]
+
+    def latents():
+        lengths = torch.tensor([text.shape[1]]), torch.tensor([codes.shape[1] * xtts.gpt.code_stride_len])
+        return xtts.gpt(text, lengths[0], codes, lengths[1], cond_latents=voice, return_latent=True)
+
+    exact = latents()
+    with neuron_xtts.patched(xtts, **INT8):
+        assert (latents() - exact).norm() < 0.03 * exact.norm()
 
 
 @pytest.mark.parametrize("path", ["gpt.h.1.ln_2", "mel_embedding", "conditioning_encoder.init"])
