@@ -1,4 +1,4 @@
-"""The code tokenizer: coqui-tts's DVAE, trained on spectrograms, and the codes of every sentence.
+"""The code tokenizer: coqui-tts's DVAE, trained on spectrograms, and the sounds of every sentence.
 
     python experiments/miniature/codes.py WORK
 
@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 WINDOW = 64  # frames of a training example
-FORBIDDEN = 1  # a code that stands in the prefix of coqui-tts's `generate`, whose repetition penalty counts it
 
 
 def spectrograms(work: Path) -> Tensor:
@@ -112,14 +111,16 @@ def _set_codebook(codebook: Any, vectors: Tensor, batch: int) -> None:
 
 
 @torch.no_grad()
-def encode(dvae: Any, mel: Tensor, random: np.random.Generator) -> np.ndarray:
-    """The codes of a spectrogram (T, 80), none of them twice: any code of the nearest sound that has one left."""
+def encode(dvae: Any, mel: Tensor) -> np.ndarray:
+    """The sounds of a spectrogram (T, 80), none of them oftener than it has codes: the nearest that has one left."""
     vectors = dvae.encoder(mel.t()[None].float())[0].t()
     book = dvae.codebook.embed
     nearest = (book.pow(2).sum(0) - 2 * vectors @ book).argsort(1).tolist()
-    left = {sound: random.permutation(range(COPIES * sound, COPIES * (sound + 1))).tolist() for sound in range(SOUNDS)}
-    left[FORBIDDEN // COPIES].remove(FORBIDDEN)
-    codes = [left[next(sound for sound in sounds if left[sound])].pop() for sounds in nearest]
+    left = [COPIES] * SOUNDS
+    codes = []
+    for sounds in nearest:
+        codes.append(next(sound for sound in sounds if left[sound]))
+        left[codes[-1]] -= 1
     return np.array(codes, np.int16)
 
 
@@ -135,18 +136,17 @@ def main(work: Path, steps: tuple[int, int]) -> None:
         torch.save(dvae.state_dict(), work / "dvae.pt")
     sizes = -(-np.load(work / "lengths.npy") // STRIDE)
     parts = mels.split((sizes * FRAMES).tolist())
-    random = np.random.default_rng(0)
-    codes = [encode(dvae, part, random) for part in tqdm(parts, desc="codes", mininterval=10)]
+    codes = [encode(dvae, part) for part in tqdm(parts, desc="codes", mininterval=10)]
     np.save(work / "codes.npy", np.concatenate(codes))
     with torch.no_grad():
         pairs = [
-            (dvae.decode(torch.from_numpy(c).long()[None] // COPIES)[0][0].t(), m.float())
+            (dvae.decode(torch.from_numpy(c).long()[None])[0][0].t(), m.float())
             for c, m in zip(codes[:300], parts, strict=False)
         ]
     error = np.mean([F.mse_loss(*pair).item() for pair in pairs])
     print(f"squared error of codes {error:.4f} of a variance of {mels[::50].float().var():.3f}")
     used = len(np.unique(np.concatenate(codes)))
-    print(f"{used} codes used, {sizes.mean():.1f} a sentence; {time.time() - start:.0f} s")
+    print(f"{used} sounds used, {sizes.mean():.1f} a sentence; {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":

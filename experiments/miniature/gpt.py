@@ -1,4 +1,4 @@
-"""Train coqui-tts's GPT on the codes of espeak-ng's speech.
+"""Train coqui-tts's GPT on the sounds of espeak-ng's speech.
 
     python experiments/miniature/gpt.py WORK [--steps 5000]
 
@@ -22,9 +22,7 @@ import numpy as np
 import torch
 from data import HELD_OUT, RATE, VOICES
 from model import (
-    COPIES,
     FRAMES,
-    SOUNDS,
     START,
     STOP,
     STRIDE,
@@ -41,7 +39,7 @@ DROPOUT = 0.15  # of merges of the text tokenizer: the same word comes in differ
 # Of input codes, at most, that are replaced by others, a share of its own for each sentence. With less a model so small
 # continues the codes it has seen and does not listen to its text.
 CORRUPTION = 0.4
-POSITIONS = 1900  # in a batch
+POSITIONS = 1600  # in a batch
 GUIDED = (1, 2)  # layers, from 0, whose first head is shown the text
 SPREAD = 0.08  # of the sentence, by which a token may be said sooner or later than its place among the letters
 REFERENCE = (172, 345)  # frames of a reference recording: 2 to 4 s
@@ -123,7 +121,7 @@ def batches(data: Data, seed: int, steps: int) -> Iterator[list[int]]:
         for some in np.array_split(rows, max(1, len(rows) // 1000)):
             batch: list[int] = []
             for row in sorted(some.tolist(), key=lambda row: len(data.codes[row])):
-                size = 32 + len(data.codes[row]) + len(data.texts[row]) // 2
+                size = len(data.codes[row]) + len(data.texts[row]) // 2
                 if batch and (len(batch) + 1) * size > POSITIONS:
                     together.append(batch)
                     batch = []
@@ -145,7 +143,7 @@ class Trainer:
                 module.p = 0.0
         for block in self.gpt.gpt.h:
             block.mlp.act = nn.GELU(approximate="tanh")  # the same function, as one operator
-        self._products: list[Tensor] = []  # of `GUIDED`, in one pass
+        self._products: list[Tensor] = []  # of `GUIDED`, for the voices and then for the rows
         for number in GUIDED:
             attention = self.gpt.gpt.h[number].attn
             attention.c_attn.register_forward_hook(lambda module, args, product: self._products.append(product))
@@ -170,20 +168,20 @@ class Trainer:
             wrong[:, 0] = False
             inputs = torch.where(wrong & (inputs < START), torch.randint(0, START, inputs.shape), inputs)
         voices = torch.stack([self.voice(name) for name in VOICES])
-        voice = voices[[list(VOICES).index(data.voices[row]) for row in rows]]
+        whose = torch.tensor([list(VOICES).index(data.voices[row]) for row in rows])
         text = nn.utils.rnn.pad_sequence(tokens, True, 0)
         self._products.clear()
-        _, hidden = latents(gpt, voice, text, torch.tensor([len(row) for row in tokens]), inputs, lengths)
+        _, hidden = latents(gpt, voices, whose, text, torch.tensor([len(row) for row in tokens]), inputs, lengths)
         real = torch.arange(hidden.shape[1]) < lengths[:, None]
         logits = gpt.mel_head(hidden[real])
         spoken = real[:, 1:]
         read = self.reader(torch.cat([hidden[:, :-1], hidden[:, 1:]], -1)[spoken])
         mels = torch.cat([data.mels[row] for row in rows]).float()
         wanted = targets[real]
-        right = (logits.argmax(1) // COPIES == wanted // COPIES).float().mean()
-        return _surprise(logits, wanted), F.l1_loss(read, mels), self._astray(tokens, lengths), right
+        right = (logits.argmax(1) == wanted).float().mean()
+        return F.cross_entropy(logits, wanted), F.l1_loss(read, mels), self._astray(tokens, lengths, whose), right
 
-    def _astray(self, tokens: list[Tensor], lengths: Tensor) -> Tensor:
+    def _astray(self, tokens: list[Tensor], lengths: Tensor, whose: Tensor) -> Tensor:
         """How far the first head of `GUIDED` layers looks from the token that is being said, when a code is drawn.
 
         Without a hint it takes thousands of steps to find out that there is a text to read.
@@ -193,16 +191,16 @@ class Trainer:
         codes = int(lengths.max())
         now = (torch.arange(codes) + 0.5) / lengths[:, None]  # (B, M)
         near = torch.exp(-((now[..., None] - places[:, None]) ** 2) / (2 * SPREAD**2))  # (B, M, T)
-        start = self._products[0].shape[1] - codes
         late = torch.arange(codes) > torch.arange(codes)[:, None]  # (M, M)
         padded = (torch.arange(size) >= torch.tensor([len(row) for row in tokens])[:, None])[:, None]  # (B, 1, T)
         losses = []
-        for product in self._products:
-            width = product.shape[-1] // 3
-            head = width // self.gpt.gpt.config.n_head
-            query, key = product[:, start:, :head], product[..., width : width + head]
+        width = self.gpt.final_norm.weight.numel()
+        head = width // self.gpt.gpt.config.n_head
+        for voices, product in zip(*(self._products[k : k + len(GUIDED)] for k in (0, len(GUIDED))), strict=True):
+            query = product[:, size:, :head]
+            key = torch.cat([voices[whose], product], 1)[..., width : width + head]
             scores = query @ key.transpose(1, 2) / head**0.5  # (B, M, 32 + T + M)
-            voice, text, past = scores.split([start - size, size, codes], -1)
+            voice, text, past = scores.split([voices.shape[1], size, codes], -1)
             text = text.masked_fill(padded, -1e4)
             weights = torch.cat([text, voice, past.masked_fill(late, -1e4)], -1).softmax(-1)
             mass = (weights[..., :size] * near).sum(-1)
@@ -235,18 +233,6 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """What is saved."""
         return {"gpt": self.gpt.state_dict(), "reader": self.reader.state_dict()}
-
-
-def _surprise(logits: Tensor, codes: Tensor) -> Tensor:
-    """Cross entropy of sounds, where every code of the right sound shall be as probable as the others.
-
-    Which of them comes is chance: a model that had to guess it would learn from noise.
-    """
-    surprise = -logits.log_softmax(1)
-    of_sounds = surprise[:, : SOUNDS * COPIES].unflatten(1, (SOUNDS, COPIES)).mean(2) - math.log(COPIES)
-    spoken = codes < START
-    sounds = of_sounds.gather(1, (codes.clamp(max=START - 1) // COPIES)[:, None])[:, 0]
-    return torch.where(spoken, sounds, surprise[:, STOP]).mean()
 
 
 def train(work: Path, steps: int, rate: float, seed: int) -> None:

@@ -20,12 +20,12 @@ ARGS = {
     "gpt_n_heads": 4,
     "decoder_input_dim": 192,
 }
-START, STOP = 1024, 1025  # audio codes
 STRIDE = 1024  # samples of a code at 22.05 kHz
 FRAMES = 4  # of a spectrogram, in a code
-# There are few sounds, and of each several codes that mean the same: coqui-tts's ``repetition_penalty`` keeps a
-# sentence from having a code twice, and a sound comes back up to nine times.
+# There are few sounds, and in the checkpoint several codes of each: coqui-tts's ``repetition_penalty`` keeps a sentence
+# from having a code twice, and a sound comes back. What is trained knows sounds alone.
 SOUNDS, COPIES = 128, 8
+START, STOP = SOUNDS, SOUNDS + 1  # of what is trained
 LANGUAGES = "en es fr de it pt pl tr ru nl cs ar zh-cn hu ko ja hi".split()
 VOCODER_CHANNELS = 128  # of its first stage
 TEXT_TOKENS = 1500
@@ -58,7 +58,7 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def make_gpt(tokenizer: Any) -> Any:
-    """coqui-tts's GPT with new weights."""
+    """coqui-tts's GPT with new weights, for sounds."""
     from TTS.tts.layers.xtts.gpt import GPT
 
     gpt = GPT(
@@ -71,7 +71,7 @@ def make_gpt(tokenizer: Any) -> Any:
         max_mel_tokens=ARGS["gpt_max_audio_tokens"],
         max_prompt_tokens=70,
         number_text_tokens=tokenizer.get_number_tokens(),
-        num_audio_tokens=ARGS["gpt_num_audio_tokens"],
+        num_audio_tokens=SOUNDS + 2,
         start_audio_token=START,
         stop_audio_token=STOP,
         use_perceiver_resampler=True,
@@ -109,13 +109,17 @@ def conditioning_mel(audio: Tensor, norms: Tensor) -> Tensor:
 
 
 def latents(
-    gpt: Any, voice: Tensor, texts: Tensor, text_lengths: Tensor, codes: Tensor, lengths: Tensor
+    gpt: Any, voices: Tensor, whose: Tensor, texts: Tensor, text_lengths: Tensor, codes: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What coqui-tts's GPT makes of texts and codes, teacher-forced and padded.
 
+    A voice comes first and sees nothing of what follows, so it is computed once for all that speak with it; a third of
+    the work, if every row had its own.
+
     Args:
         gpt: coqui-tts's GPT.
-        voice: (B, 32, D) conditioning latents.
+        voices: (V, 32, D) conditioning latents.
+        whose: (B,) which of them speaks.
         texts: (B, T) tokens between start and stop token, padded.
         text_lengths: (B,) tokens of each.
         codes: (B, M) codes after the start code, padded.
@@ -128,14 +132,18 @@ def latents(
     def mask(length: Tensor, size: int) -> Tensor:
         return torch.arange(size) < length[:, None]
 
-    result: tuple[Tensor, Tensor] = gpt.get_logits(
+    past = gpt.gpt(inputs_embeds=voices, use_cache=True).past_key_values
+    for layer in past.layers:
+        layer.keys, layer.values = (tensor.index_select(0, whose) for tensor in (layer.keys, layer.values))
+    embeds = [
         gpt.text_embedding(texts) + gpt.text_pos_embedding(texts),
-        None,
         gpt.mel_embedding(codes) + gpt.mel_pos_embedding(codes),
-        None,
-        prompt=voice,
-        return_latent=True,
-        attn_mask_text=mask(text_lengths, texts.shape[1]),
-        attn_mask_mel=mask(lengths, codes.shape[1]),
+    ]
+    seen = [torch.ones(len(whose), voices.shape[1], dtype=torch.bool), mask(text_lengths, texts.shape[1])]
+    made = gpt.gpt(
+        inputs_embeds=torch.cat(embeds, 1),
+        attention_mask=torch.cat([*seen, mask(lengths, codes.shape[1])], 1),
+        past_key_values=past,
     )
-    return result
+    parts: tuple[Tensor, Tensor] = gpt.final_norm(made.last_hidden_state).split([texts.shape[1], codes.shape[1]], 1)
+    return parts

@@ -52,7 +52,7 @@ class Speech:
             saved = torch.load(self.path)
             self.gpt.load_state_dict(saved["gpt"])
             self.step = saved["step"]
-        self.voices = {name: self._voice(name) for name in VOICES}
+        self.voices = torch.cat([self._voice(name) for name in VOICES])  # four of each
 
     def _voice(self, name: str) -> Tensor:
         pool = self.data.references[name]
@@ -71,9 +71,10 @@ class Speech:
         tokens = [torch.tensor(data.tokens(row)) for row in rows]
         lengths = torch.tensor([len(data.codes[row]) + 1 for row in rows])
         codes = nn.utils.rnn.pad_sequence([F.pad(data.codes[row], (1, 0), value=START) for row in rows], True)
-        voices = torch.stack([self.voices[data.voices[row]][self.random.integers(0, 4)] for row in rows])
+        voices = [4 * list(VOICES).index(data.voices[row]) + int(self.random.integers(0, 4)) for row in rows]
         text = nn.utils.rnn.pad_sequence(tokens, True)
-        _, hidden = latents(self.gpt, voices, text, torch.tensor([len(row) for row in tokens]), codes, lengths)
+        text_lengths = torch.tensor([len(row) for row in tokens])
+        _, hidden = latents(self.gpt, self.voices, torch.tensor(voices), text, text_lengths, codes, lengths)
         segments, audio = [], []
         for row, length, whole in zip(rows, lengths.tolist(), hidden, strict=True):
             # The ends of sentences are short and need as much care as all the rest.
