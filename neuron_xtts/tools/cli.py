@@ -146,6 +146,9 @@ def _add_judge(subparsers: Subparsers) -> None:
     judge.add_argument(
         "--speaker-wav", type=Path, metavar="FILE", nargs="+", required=True, help="one recording of each voice"
     )
+    judge.add_argument(
+        "--in-turn", action="store_true", help="one voice for a sentence, the next for the next (default: all for each)"
+    )
     judge.add_argument("--texts", type=Path, metavar="FILE", required=True, help="English, one sentence a line")
     judge.add_argument("--limit", type=_positive, metavar="N", help="only the first sentences")
     judge.add_argument("--seeds", type=int, nargs="+", default=[1], help="of each sentence (default: 1)")

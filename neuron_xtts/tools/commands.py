@@ -105,12 +105,14 @@ def run_judge(arguments: argparse.Namespace) -> int:
     judge = Judge(
         texts=_texts(arguments.texts)[: arguments.limit],
         recordings=by_name(arguments.speaker_wav),
+        in_turn=arguments.in_turn,
         precisions=arguments.precisions or (HOST_PRECISIONS if on_host else NEURON_PRECISIONS),
         seeds=arguments.seeds,
         recognizers=arguments.recognizers,
         baseline=arguments.baseline,
         espeak_voices=arguments.espeak_voice,
         espeak_speed=arguments.espeak_speed,
+        espeak_range=arguments.espeak_range,
         gates=[
             *(Gate.parse(text) for text in arguments.gate),
             *(Gate.parse(text, by_interval=True) for text in arguments.gate_interval),

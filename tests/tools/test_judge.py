@@ -62,6 +62,11 @@ def test_a_difference_is_paired():
     assert difference(theirs, worse) == Estimate(-paired.value, -paired.high, -paired.low)
 
 
+def test_draws_without_any_sentence_of_a_voice():
+    """They have no figure of it, which is no figure that is not a number."""
+    assert estimate(Sums(np.array([1.0, 0.0]), np.array([2.0, 0.0]))) == Estimate(0.5, 0.5, 0.5)
+
+
 @pytest.mark.parametrize(
     ("text", "heard", "words", "characters"),
     [
@@ -255,12 +260,17 @@ def test_random_weights_do_not_pass(tmp_path, capsys):
     espeak(SENTENCES[0], "en-us", 150, tmp_path / "espeak.wav")
     texts = tmp_path / "texts.txt"
     texts.write_text("\n\n".join(SENTENCES))
-    arguments = ["--precisions", "fp32", "--limit", 2, "--json", tmp_path / "judged.json"]
+    arguments = ["--precisions", "fp32", "--limit", 2, "--in-turn", "--json", tmp_path / "judged.json"]
+    arguments += ["--espeak-speed", 160, "--espeak-range", 30]
     gates = ["--gate", "coqui-tts wer <= 0.5", "--gate", "fp32 same-codes >= 1"]
     assert main(command(tmp_path, texts, *arguments, *gates)) == 1
     out = capsys.readouterr().out
     assert [line.split()[-1] for line in out.splitlines() if ">=" in line or "<=" in line] == ["FAILED", "passed"]
-    figures = json.loads((tmp_path / "judged.json").read_text())["figures"]
+    results = json.loads((tmp_path / "judged.json").read_text())
+    for samples in results["samples"].values():
+        assert [(sample["sentence"], sample["voice"]) for sample in samples] == [(0, "espeak"), (1, "tone")]
+    assert results["machine"]["espeak-ng"] == "en-us; 160 words per minute, pitch range 30 %"
+    figures = results["figures"]
     assert figures[ESPEAK]["wer/moonshine"]["value"] < 0.5 < figures[PLAIN]["wer/moonshine"]["value"]
     assert figures[ESPEAK]["wrong-voice/espeak"]["value"] == 0  # it speaks in the same voice as that recording
     assert figures[ESPEAK]["wrong-voice/tone"]["value"] == 1

@@ -69,6 +69,7 @@ class Judge:
     Attributes:
         texts: English sentences, all different.
         recordings: of the voices, one each, by name.
+        in_turn: a sentence is spoken in one voice, the next one in the next, instead of all in every voice.
         seeds: every sentence is spoken once with each.
         precisions: of the patched model.
         recognizers: names in `RECOGNIZERS`.
@@ -88,6 +89,7 @@ class Judge:
     texts: Sequence[str]
     recordings: Mapping[str, Path]
     precisions: Sequence[str]
+    in_turn: bool = False
     seeds: Sequence[int] = (1,)
     recognizers: Sequence[str] = ("moonshine",)
     baseline: str = PLAIN
@@ -173,7 +175,7 @@ class Judge:
         self, xtts: Any, folder: Path, scratch: Path, results: JudgeResults
     ) -> dict[str, dict[_Take, _Utterance]]:
         """Speak every take in every variant, into WAV files in a folder of its own."""
-        takes = [_Take(*take) for take in itertools.product(range(len(self.texts)), self.recordings, self.seeds)]
+        takes = self._takes()
         plain: dict[_Take, Spoken] = {}
         spoken = {ESPEAK: self._control(takes, folder / ESPEAK)} if has_espeak() else {}
         with tqdm(total=len(takes) * (1 + len(self.precisions)), desc="speaking", unit="sentence") as bar:
@@ -195,6 +197,11 @@ class Judge:
                 if variant != PLAIN:
                     results.unpatch(xtts, variant)
         return spoken
+
+    def _takes(self) -> list[_Take]:
+        takes = map(_Take._make, itertools.product(range(len(self.texts)), self.recordings, self.seeds))
+        voices = list(self.recordings)
+        return [take for take in takes if not self.in_turn or take.voice == voices[take.sentence % len(voices)]]
 
     def _control(self, takes: Sequence[_Take], folder: Path) -> dict[_Take, _Utterance]:
         """The audio of espeak-ng for every take; it draws nothing, so it speaks once for all seeds."""

@@ -51,7 +51,8 @@ class Sums:
     def resampled(self) -> Array:
         """Ratios (`RESAMPLES`,) of sentences that are drawn with replacement, the same ones for every `Sums`."""
         counts = _counts(len(self.numerators))
-        ratios: Array = (counts @ self.numerators) / (counts @ self.denominators)
+        with np.errstate(invalid="ignore"):  # a draw may have no sentence with such a figure
+            ratios: Array = (counts @ self.numerators) / (counts @ self.denominators)
         return ratios
 
 
@@ -70,7 +71,7 @@ def difference(ours: Sums, theirs: Sums) -> Estimate:
 
 def _estimate(value: float, resampled: Array) -> Estimate:
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(resampled, [tail, 1 - tail])
+    low, high = np.nanquantile(resampled, [tail, 1 - tail])
     return Estimate(value, float(low), float(high))
 
 
