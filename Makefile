@@ -6,10 +6,10 @@ PYTHON ?= python3
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
-demo: .venv/ready ## speak one sentence with plain coqui-tts and patched, full size, and compare
+demo: .venv/ready ## speak with plain coqui-tts and patched, a miniature and full size, and compare
 	.venv/bin/neuron-xtts demo
 
-demo-small: .venv/ready ## speak one sentence with a small model, for a quick look
+demo-small: .venv/ready ## the miniature alone, for a quick look
 	.venv/bin/neuron-xtts demo --small
 
 # What depends on the versions of coqui-tts and transformers is tested on the newest as well, and what patches what is

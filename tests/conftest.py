@@ -48,10 +48,7 @@ def reference(tmp_path_factory):
 @pytest.fixture(scope="session")
 def miniature():
     """A folder with a small trained XTTS: its checkpoint, a recording of each of its voices, and sentences.txt."""
-    folder = Path(os.environ.get("NEURON_XTTS_MINIATURE", Path(__file__).parents[1] / "miniature"))
-    if not folder.is_dir():
-        pytest.skip(f"there is no {folder}")
-    return folder
+    return Path(os.environ.get("NEURON_XTTS_MINIATURE", Path(__file__).parents[1] / "miniature"))
 
 
 @pytest.fixture(scope="session")

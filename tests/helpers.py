@@ -33,7 +33,8 @@ def assert_same_speech(ours, theirs):
     (ours, our_state), (theirs, their_state) = ours, theirs
     assert torch.equal(our_state, their_state)
     assert ours["gpt_latents"].shape == theirs["gpt_latents"].shape
-    np.testing.assert_allclose(ours["gpt_latents"], theirs["gpt_latents"], rtol=0, atol=1e-5)
+    largest = np.abs(theirs["gpt_latents"]).max()  # rounding grows with it, from random weights to trained ones
+    np.testing.assert_allclose(ours["gpt_latents"], theirs["gpt_latents"], rtol=0, atol=1e-5 * largest)
     assert ours["wav"].shape == theirs["wav"].shape
     np.testing.assert_allclose(ours["wav"], theirs["wav"], rtol=0, atol=1e-5)
     assert np.abs(theirs["wav"]).max() > 1e-3  # silence would equal silence

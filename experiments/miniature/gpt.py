@@ -1,6 +1,6 @@
 """Train coqui-tts's GPT on the sounds of espeak-ng's speech.
 
-    python experiments/miniature/gpt.py WORK [--steps 5000]
+    python experiments/miniature/gpt.py WORK [--steps 7500]
 
 Reads what data.py and codes.py wrote; writes WORK/vocab.json and, every 250 steps, WORK/gpt.pt. What is there already
 is the start.
@@ -282,7 +282,7 @@ def train(work: Path, steps: int, rate: float, seed: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=7500)
     parser.add_argument("--rate", type=float, default=1.5e-3, help="of learning, at most")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

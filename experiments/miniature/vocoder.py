@@ -1,6 +1,6 @@
 """Train coqui-tts's HifiDecoder to speak the latents of the trained GPT.
 
-    python experiments/miniature/vocoder.py WORK [--steps 4000]
+    python experiments/miniature/vocoder.py WORK [--steps 2500]
 
 Reads what data.py, codes.py and gpt.py wrote; writes WORK/vocoder.pt every 200 steps. What is there already is the
 start. It follows WORK/gpt.pt while gpt.py still trains beside it.
@@ -176,7 +176,7 @@ def train(work: Path, steps: int, rate: float, seed: int, batch: int = 4) -> Non
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--rate", type=float, default=1.2e-3, help="of learning, at most")
     parser.add_argument("--seed", type=int, default=5)
     arguments = parser.parse_args()

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing since Python 3.11
 
 
-# A sentence of the miniature's world, and the file of a voice in its folder.
-MINIATURE_TEXT = "Hello and welcome, my friend, this is a small voice from a machine."
+# A sentence that the miniature says clearly, and the file of a voice in its folder.
+MINIATURE_TEXT = "She has two brothers and one sister."
 MINIATURE_VOICE = "f5.wav"
 
 

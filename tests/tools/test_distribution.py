@@ -109,7 +109,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(distribution):
 
 
 def test_the_sdist_holds_what_builds_and_tests_it(distribution):
-    rooms = ("neuron_xtts", "tests", "docs", "examples", "experiments", "constraints")
+    rooms = ("neuron_xtts", "tests", "docs", "examples", "experiments", "constraints", "miniature")
     whole = set().union(*map(files, rooms))
     assert distribution.in_sdist >= whole | {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"}
     assert not [name for name in distribution.in_sdist if "__pycache__" in name]
