@@ -21,17 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from data import HELD_OUT, RATE, VOICES
-from model import (
-    FRAMES,
-    START,
-    STOP,
-    STRIDE,
-    conditioning_mel,
-    latents,
-    load_tokenizer,
-    make_gpt,
-    write_vocabulary,
-)
+from model import FRAMES, START, STOP, STRIDE, conditioning_mel, latents, load_tokenizer, make_gpt, write_vocabulary
 from torch import Tensor, nn
 from torch.nn import functional as F
 

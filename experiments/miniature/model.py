@@ -113,8 +113,8 @@ def latents(
 ) -> tuple[Tensor, Tensor]:
     """What coqui-tts's GPT makes of texts and codes, teacher-forced and padded.
 
-    A voice comes first and sees nothing of what follows, so it is computed once for all that speak with it; a third of
-    the work, if every row had its own.
+    A voice comes first and sees nothing of what follows, so it is computed once for all that speak with it; it would be
+    about a quarter of all positions.
 
     Args:
         gpt: coqui-tts's GPT.

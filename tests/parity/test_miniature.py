@@ -63,7 +63,8 @@ def test_ends_by_itself(tts, voices, plan, name):
     neuron_xtts.patch(tts, buckets=PLANS[plan], strict=True)
     lengths = {}
     for (text, seed), said in theirs.items():
-        assert_same_speech(speak(xtts, voices[name], text, seed), said)
+        # Trained latents are larger than random ones, and so is rounding; the audio's limit is that of all models.
+        assert_same_speech(speak(xtts, voices[name], text, seed), said, rounding=3e-5)
         lengths.setdefault(text, []).append(said[0]["gpt_latents"].shape[1])
     assert max(lengths[SHORT]) < min(lengths[LONG])
     assert max(lengths[LONG]) < LIMIT

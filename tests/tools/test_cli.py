@@ -41,18 +41,29 @@ def check_demo(out, folder, frames):
 
 
 @pytest.mark.slow
-def test_demo(tmp_path):
+def test_demo(tmp_path, miniature):
     """In a process of its own: the installed command, without a terminal."""
     command = [sys.executable, "-m", "neuron_xtts", "demo", "--small", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     check_demo(done.stdout, tmp_path / "out", frames=None)
-    assert "The miniature" in done.stdout
+    assert f"The miniature ({miniature})" in done.stdout
     heard = hear_all([tmp_path / "out" / "patched.wav"], ["moonshine"])[tmp_path / "out" / "patched.wav"]
     wrong, words = word_errors(normalize(demo.MINIATURE_TEXT), normalize(heard.words["moonshine"]))
     assert wrong < 0.3 * words, heard.words
     assert "random weights" not in done.stdout
     assert "neuron_xtts: " in done.stderr  # the progress bars
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["patched.wav", "plain.wav"]
+
+
+@pytest.mark.slow
+def test_demo_without_the_miniature(tmp_path, monkeypatch):
+    """As where the package was installed from its wheel: noise, of as many codes as were asked for."""
+    monkeypatch.setattr(models, "__file__", str(tmp_path / "neuron_xtts" / "coqui" / "models.py"))
+    text = demo.run(tmp_path / "out", small=True, codes=20)
+    check_demo(text, tmp_path / "out", frames=int(20 * 4 * 24000 / 22050))
+    assert "Small, random weights" in text
+    assert (tmp_path / "out" / "reference.wav").is_file()
 
 
 @pytest.mark.slow
