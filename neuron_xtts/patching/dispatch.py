@@ -54,7 +54,12 @@ class Dispatcher:
         self._cpus = usable_cpus()
         self._lock = threading.RLock()
         self._serving = False
-        self._by_kind = {Kind.WHOLE: self._whole, Kind.STEPS: self._steps, Kind.REMEMBERED: self._remembered}
+        self._by_kind = {
+            Kind.WHOLE: self._whole,
+            Kind.STEPS: self._steps,
+            Kind.REMEMBERED: self._remembered,
+            Kind.NOTED: self._noted,
+        }
 
     def answer(self, route: Route, method: Method, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Answer a call of a routed method: with graphs, or, for a recorded reason, with the method itself.
@@ -65,7 +70,7 @@ class Dispatcher:
             args: of the call.
             kwargs: of the call.
         """
-        first = (self.context, method) if route.kind is Kind.REMEMBERED else (self.context,)
+        first = (self.context, method) if route.kind in (Kind.REMEMBERED, Kind.NOTED) else (self.context,)
         graphs = partial(route.call, *first, *args, **kwargs)
         own = partial(route.own(self.context, method), *args, **kwargs)
         return self._by_kind[route.kind](route.name, graphs, own)
@@ -157,6 +162,11 @@ class Dispatcher:
             if self._identify(key) == (found, None):  # or was the file written to meanwhile?
                 memo.store(found, voice)
             return self._served(name, voice)
+
+    def _noted(self, name: str, method: Call, own: Call) -> object:
+        """What the method itself gives; nothing is counted. Not while a call is served that relies on its effects."""
+        with self._lock:
+            return method()
 
     @staticmethod
     def _identify(key: Call) -> tuple[Hashable, str | None]:

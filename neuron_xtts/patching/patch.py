@@ -58,7 +58,7 @@ class Patch:
             backend=backend.name,
             precision=backend.precision,
             buckets=backend.plan.to_dict(),
-            routes=self.dispatcher.counters.snapshot(self._installations),
+            routes=self.dispatcher.counters.snapshot(route.name for route in ROUTES if route.kind is not Kind.NOTED),
             graphs=runner.counters.snapshot(),
             missing=runner.missing(),
             copied=backend.copied,

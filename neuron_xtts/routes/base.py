@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from neuron_xtts.coqui.surface import Xtts
 from neuron_xtts.errors import Fallback
@@ -29,6 +30,7 @@ class Kind(Enum):
     WHOLE = "the result"
     STEPS = "an iterator, which is pulled one step at a time"
     REMEMBERED = "what identifies the result, which coqui-tts computes once"
+    NOTED = "the method's own result, of which something is noted for another route"
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Context:
         latents: of the latest generations.
         audio: of the latest calls of the vocoder.
         voices: by the name of the route that remembers them.
+        prefixes: (B, P - 1, D) without the start code, by the ids (B, P) that stand for each.
     """
 
     runner: Runner
@@ -48,6 +51,7 @@ class Context:
     latents: LatentsMemo
     audio: AudioMemo
     voices: dict[str, VoiceMemo]
+    prefixes: MutableMapping[Tensor, Tensor | None] = field(default_factory=WeakIdKeyDictionary)
 
 
 @dataclass
@@ -76,7 +80,7 @@ class Route:
     Attributes:
         owner: the attribute of the ``Xtts`` whose method it is, of `OWNERS`.
         method: its name.
-        call: ``call(context, *args, **kwargs)`` with the arguments of the method, of a remembered result
+        call: ``call(context, *args, **kwargs)`` with the arguments of the method, of a remembered or noted result
             ``call(context, method, *args, **kwargs)``; raises `Fallback`, or anything else, if coqui-tts must serve it.
         kind: what ``call`` returns.
         own: ``own(context, method)`` is coqui-tts's method as a fallback calls it.

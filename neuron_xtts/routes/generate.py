@@ -13,16 +13,20 @@ from neuron_xtts.decoding.batch import Batch, decode
 from neuron_xtts.decoding.row import Row, codes_of, make_rows
 from neuron_xtts.decoding.sampling import Sampler, Sampling
 from neuron_xtts.routes.base import Context, check_fp32
+from neuron_xtts.routes.seeds import generator_of
 
 
 @torch.no_grad()
-def generate(context: Context, /, cond_latents: Tensor, text_inputs: Tensor, **kwargs: Any) -> Any:
+def generate(
+    context: Context, /, cond_latents: Tensor, text_inputs: Tensor, *, seed: int | None = None, **kwargs: Any
+) -> Any:
     """Serve ``GPT.generate``.
 
     Args:
         context: of the patched model.
         cond_latents: (B, 32, D) conditioning latents.
         text_inputs: (B, T) text tokens.
+        seed: of a generator that codes are drawn from; None to draw from torch's global one.
         kwargs: of Hugging Face's ``generate``.
 
     Returns:
@@ -34,7 +38,7 @@ def generate(context: Context, /, cond_latents: Tensor, text_inputs: Tensor, **k
     check(context)
     check_fp32(conditioning_latents=cond_latents)
     prefix = embed_prefix(gpt, cond_latents, text_inputs)  # (B, P, D), the start code last
-    rows = start(context, sampling, prefix)
+    rows = start(context, sampling, prefix, generator_of(seed))
     batch = Batch(runner, len(rows), prefix.shape[1])
     try:
         latents = [step_latents for _, step_latents in decode(gpt, batch, rows, prefix)]
@@ -56,8 +60,8 @@ def check(context: Context) -> None:
     context.runner.check_state("decode")
 
 
-def start(context: Context, sampling: Sampling, prefix: Tensor) -> list[Row]:
-    """The rows of a call, from its ``prefix`` (B, P, D) on."""
+def start(context: Context, sampling: Sampling, prefix: Tensor, generator: torch.Generator | None) -> list[Row]:
+    """The rows of a call, from its ``prefix`` (B, P, D) on, and what their codes are drawn from."""
     gpt = context.runner.networks.gpt
-    sampler = Sampler(sampling, prefix.shape[1], gpt.stop_audio_token)
+    sampler = Sampler(sampling, prefix.shape[1], gpt.stop_audio_token, generator)
     return make_rows(sampler, prefix.shape[0] * sampling.num_return_sequences, gpt.start_audio_token)

@@ -11,18 +11,23 @@ from torch import Tensor
 
 from neuron_xtts.coqui.embeddings import embed_start
 from neuron_xtts.decoding.batch import Batch, Step, decode
+from neuron_xtts.decoding.row import Row
 from neuron_xtts.decoding.sampling import Sampling
 from neuron_xtts.errors import Fallback
 from neuron_xtts.routes.base import Context, Method, check_fp32
 from neuron_xtts.routes.generate import check, start
+from neuron_xtts.routes.seeds import drawing_from, generator_of
 
 
-def get_generator(context: Context, /, fake_inputs: Tensor, **kwargs: Any) -> Iterator[Step]:
+def get_generator(
+    context: Context, /, fake_inputs: Tensor, *, seed: int | None = None, **kwargs: Any
+) -> Iterator[Step]:
     """Serve ``GPT.get_generator``; nothing is computed before the first step is asked for.
 
     Args:
         context: of the patched model.
-        fake_inputs: (1, P) ids that stand for the prefix, which ``GPT.compute_embeddings`` has put on the model.
+        fake_inputs: (1, P) ids that stand for the prefix, as ``GPT.compute_embeddings`` returned them.
+        seed: of a generator that codes are drawn from; None to draw from torch's global one.
         kwargs: of Hugging Face's ``generate``.
 
     Returns:
@@ -34,18 +39,18 @@ def get_generator(context: Context, /, fake_inputs: Tensor, **kwargs: Any) -> It
             raise Fallback(f"argument {name}=False")
     sampling = Sampling.parse(kwargs, gpt.gpt_inference.generation_config, gpt.max_gen_mel_tokens)
     check(context)
-    prefix = gpt.gpt_inference.cached_prefix_emb
+    prefix = prefix_of(context, fake_inputs)
     if sampling.num_return_sequences != 1 or fake_inputs.shape[0] != 1:
         raise Fallback("a stream of several rows")
     if prefix is None or prefix.shape[:2] != (1, fake_inputs.shape[1] - 1):
         raise Fallback("ids that do not fit the prefix on the model")
     check_fp32(a_prefix=prefix)
     # coqui-tts draws in a stream even if it was asked not to sample.
-    return _steps(context, replace(sampling, draws=True), torch.cat([prefix, embed_start(gpt, 1)], dim=1))
+    prefix = torch.cat([prefix, embed_start(gpt, 1)], dim=1)
+    return _steps(context, start(context, replace(sampling, draws=True), prefix, generator_of(seed)), prefix)
 
 
-def _steps(context: Context, sampling: Sampling, prefix: Tensor) -> Iterator[Step]:
-    rows = start(context, sampling, prefix)
+def _steps(context: Context, rows: list[Row], prefix: Tensor) -> Iterator[Step]:
     batch = Batch(context.runner, len(rows), prefix.shape[1])
     try:
         yield from decode(context.runner.networks.gpt, batch, rows, prefix)
@@ -53,21 +58,40 @@ def _steps(context: Context, sampling: Sampling, prefix: Tensor) -> Iterator[Ste
         batch.release(rows)
 
 
+def compute_embeddings(context: Context, method: Method, /, *args: Any, **kwargs: Any) -> Tensor:
+    """Note the prefix that ``GPT.compute_embeddings`` puts on the model, for `get_generator`.
+
+    There is one place for it, and threads that begin streams at the same time all put theirs there.
+    """
+    ids: Tensor = method(*args, **kwargs)
+    context.prefixes[ids] = context.runner.networks.gpt.gpt_inference.cached_prefix_emb
+    return ids
+
+
+def prefix_of(context: Context, ids: Tensor) -> Tensor | None:
+    """The prefix (B, P - 1, D) that ids (B, P) stand for; that on the model, if they are of somebody's own making."""
+    return context.prefixes.get(ids, context.runner.networks.gpt.gpt_inference.cached_prefix_emb)
+
+
 def own_generator(context: Context, method: Method) -> Method:
-    """coqui-tts's own ``GPT.get_generator``, with the prefix of its call whatever others put on the model meanwhile."""
+    """coqui-tts's own ``GPT.get_generator``, which takes a ``seed``, too.
+
+    Its steps have the prefix of their call, whatever others put on the model meanwhile.
+    """
     inference = context.runner.networks.gpt.gpt_inference
 
-    def call(*args: Any, **kwargs: Any) -> Iterator[Step]:
-        prefix = inference.cached_prefix_emb
-        steps = method(*args, **kwargs)
+    def call(fake_inputs: Tensor, *args: Any, seed: int | None = None, **kwargs: Any) -> Iterator[Step]:
+        prefix, generator = prefix_of(context, fake_inputs), generator_of(seed)
+        steps = method(fake_inputs, *args, **kwargs)
 
         def run() -> Iterator[Step]:
             while True:
                 inference.store_prefix_emb(prefix)
-                try:
-                    yield next(steps)
-                except StopIteration:
+                with drawing_from(generator):
+                    step = next(steps, None)
+                if step is None:
                     return
+                yield step
 
         return run()
 

@@ -194,6 +194,7 @@ ROUTES = [
     "GPT.forward",
     "HifiDecoder.forward",
     "HifiDecoder.inference",
+    "GPT.compute_embeddings",
     "GPT.get_generator",
     "Xtts.get_conditioning_latents",
     "Xtts.get_speaker_embedding",

@@ -37,6 +37,7 @@ from neuron_xtts.backends.neuron.tracing import traceable
 from neuron_xtts.coqui.hooks import is_hooked, without_recorders
 from neuron_xtts.coqui.recognise import make_graphs
 from neuron_xtts.coqui.surface import Networks
+from neuron_xtts.patching.patch import find_patch
 from neuron_xtts.runner import Runner
 
 TEXT = "the band plays an old song."
@@ -151,8 +152,7 @@ def test_states_that_fall_back(xtts, voice):
     common = {"max_new_tokens": 3, "return_dict_in_generate": True}
     xtts.gpt.get_generator(fake_inputs=ids, **common)
     xtts.gpt.get_generator(fake_inputs=ids[:, 1:], output_hidden_states=True, **common)
-    prefix = xtts.gpt.gpt_inference.cached_prefix_emb
-    xtts.gpt.gpt_inference.store_prefix_emb(prefix.double())
+    ids = xtts.gpt.compute_embeddings(voice[0].double(), torch.arange(1, 10)[None])
     xtts.gpt.get_generator(fake_inputs=ids, output_hidden_states=True, **common)
     assert fallbacks(xtts, "GPT.get_generator") == {
         "argument output_hidden_states=False": 1,
@@ -176,6 +176,34 @@ def test_streams_side_by_side(xtts, voice, monkeypatch, fault):
         for a, b in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(a.numpy(), b, rtol=0, atol=1e-5)
     assert sum(fallbacks(xtts, "GPT.get_generator").values()) == (1 if fault else 0)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_beams": 1, "typical_p": 0.9}], ids=["served", "fallback"])
+def test_streams_that_begin_at_once(xtts, voice, arguments):
+    """coqui-tts has one place for a stream's prefix; here two have put theirs there before either goes on."""
+    text, voices = torch.arange(1, 10)[None], (voice[0], -voice[0])
+    options = {
+        "output_hidden_states": True,
+        "return_dict_in_generate": True,
+        "max_new_tokens": 12,
+        "do_sample": True,
+        "top_k": 1,
+    }
+
+    def latents(ids):
+        return torch.cat([step for _, step in xtts.gpt.get_generator(fake_inputs=ids, **options, **arguments)])
+
+    alone = [latents(xtts.gpt.compute_embeddings(own, text)) for own in voices]
+    assert not torch.allclose(*alone, atol=1e-2)
+    neuron_xtts.patch(xtts)
+    begun = [xtts.gpt.compute_embeddings(own, text) for own in voices]
+    for ids, expected in zip(begun, alone, strict=True):
+        torch.testing.assert_close(latents(ids), expected, rtol=0, atol=1e-5)
+    assert sum(fallbacks(xtts, "GPT.get_generator").values()) == (2 if arguments else 0)
+    del begun, ids
+    gc.collect()
+    prefixes = find_patch(xtts).dispatcher.context.prefixes
+    assert not prefixes
 
 
 def test_an_abandoned_stream_frees_its_state(xtts, voice, monkeypatch):
