@@ -28,14 +28,14 @@ def speak(xtts, voice, text="the band plays an old song.", seed=3, **options):
     return result, torch.get_rng_state()
 
 
-def assert_same_speech(ours, theirs, rounding=1e-5):
-    """Same codes (as many draws, latents within rounding) and the same audio."""
+def assert_same_speech(ours, theirs, rounding=1e-5, audio=1e-5):
+    """Same codes (as many draws, latents within ``rounding``) and the same audio, within ``audio``."""
     (ours, our_state), (theirs, their_state) = ours, theirs
     assert torch.equal(our_state, their_state)
     assert ours["gpt_latents"].shape == theirs["gpt_latents"].shape
     np.testing.assert_allclose(ours["gpt_latents"], theirs["gpt_latents"], rtol=0, atol=rounding)
     assert ours["wav"].shape == theirs["wav"].shape
-    np.testing.assert_allclose(ours["wav"], theirs["wav"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(ours["wav"], theirs["wav"], rtol=0, atol=audio)
     assert np.abs(theirs["wav"]).max() > 1e-3  # silence would equal silence
 
 
@@ -86,11 +86,11 @@ def stream(xtts, voice, text="the band plays an old song.", seed=3, **options):
     return chunks, torch.get_rng_state()
 
 
-def assert_same_chunks(ours, theirs):
-    """As many draws, and the same chunks."""
+def assert_same_chunks(ours, theirs, audio=1e-5):
+    """As many draws, and the same chunks, within ``audio``."""
     assert torch.equal(ours[1], theirs[1])
     assert [len(chunk) for chunk in ours[0]] == [len(chunk) for chunk in theirs[0]]
     for a, b in zip(ours[0], theirs[0], strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(a, b, rtol=0, atol=audio)
     samples = np.concatenate(theirs[0])  # none at all, if there is less than what chunks overlap
     assert not len(samples) or np.abs(samples).max() > 1e-4

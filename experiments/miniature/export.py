@@ -29,6 +29,9 @@ MANTISSA = 6  # bits of weights, of the ten that fp16 has: the others are zeros,
 # By so much is a code of a sound less probable than the one before it: none are alike, and whoever takes the most
 # probable code takes the same one whatever the precision.
 STEP = 0.1
+# By this the logits are multiplied. The GPT was trained on sentences with wrong codes in them, which leaves it less
+# certain of the next code than it may be where there are none.
+SHARPNESS = 2.0
 LONGEST_TEXT, LONGEST_SPEECH = 90, 200  # tokens and codes that were ever trained: positions beyond are left empty
 
 
@@ -90,6 +93,8 @@ def _rounded(tensor: Tensor) -> Tensor:
 
 def _copy_sounds(state: dict[str, Tensor]) -> None:
     """Make `COPIES` codes of every sound, which together are as probable as it is."""
+    for name in ("mel_head.weight", "mel_head.bias"):
+        state[f"gpt.{name}"] = state[f"gpt.{name}"] * SHARPNESS
     code = torch.cat([torch.arange(SOUNDS).repeat_interleave(COPIES), torch.tensor([SOUNDS, SOUNDS + 1])])
     for name in ("mel_embedding.weight", "mel_head.weight", "mel_head.bias"):
         state[f"gpt.{name}"] = state[f"gpt.{name}"][code]

@@ -21,11 +21,23 @@ from typing import Any
 import numpy as np
 import torch
 from data import HELD_OUT, RATE, VOICES
-from model import FRAMES, START, STOP, STRIDE, conditioning_mel, latents, load_tokenizer, make_gpt, write_vocabulary
+from model import (
+    ARGS,
+    FRAMES,
+    SOUNDS,
+    START,
+    STOP,
+    STRIDE,
+    conditioning_mel,
+    latents,
+    layers_of,
+    load_tokenizer,
+    make_gpt,
+    write_vocabulary,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-DROPOUT = 0.15  # of merges of the text tokenizer: the same word comes in different pieces, down to its letters
 # Of input codes, at most, that are replaced by others, a share of its own for each sentence. With less a model so small
 # continues the codes it has seen and does not listen to its text.
 CORRUPTION = 0.4
@@ -99,13 +111,13 @@ def _references(
     return torch.cat(mels)
 
 
-def batches(data: Data, seed: int, steps: int) -> Iterator[list[int]]:
-    """Rows of sentences of about one length, as many as `POSITIONS` holds; short sentences only to begin with."""
+def batches(data: Data, seed: int, short: float) -> Iterator[list[int]]:
+    """Rows of sentences of about one length, as many as `POSITIONS` holds; first so many batches of short ones."""
     random = np.random.default_rng(seed)
     made = 0
     while True:
         rows = random.permutation(len(data.texts) - HELD_OUT)
-        if made < 0.1 * steps:
+        if made < short:
             rows = rows[[len(data.codes[row]) < 36 for row in rows]][:4000]
         together: list[list[int]] = []
         for some in np.array_split(rows, max(1, len(rows) // 1000)):
@@ -122,12 +134,22 @@ def batches(data: Data, seed: int, steps: int) -> Iterator[list[int]]:
 
 
 class Trainer:
-    """The GPT, and a layer that reads spectrograms off its latents, so that a vocoder finds them there."""
+    """The GPT, and a layer that reads spectrograms off its latents, so that a vocoder finds them there.
 
-    def __init__(self, data: Data, seed: int) -> None:
+    Args:
+        data: what is learned.
+        layers: of the GPT.
+        dropout: of merges of the text tokenizer: the same word comes in different pieces, down to its letters.
+        seed: of weights and examples.
+    """
+
+    def __init__(self, data: Data, layers: int, dropout: float, seed: int) -> None:
         torch.manual_seed(seed)
         self.data = data
-        self.gpt = make_gpt(data.tokenizer).train()
+        self.dropout = dropout
+        self.gpt = make_gpt(data.tokenizer, layers).train()
+        #: How often a sound (row) is taken for another, as the GPT has predicted so far.
+        self.mistaken = torch.full((SOUNDS + 2, SOUNDS), 1 / SOUNDS)
         for module in self.gpt.modules():  # what is corrupted is regularized enough
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -148,7 +170,7 @@ class Trainer:
             texts: rows whose texts are said to be theirs; None for their own.
         """
         data, gpt = self.data, self.gpt
-        tokens = [torch.tensor(data.tokens(row, DROPOUT if gpt.training else 0.0)) for row in texts or rows]
+        tokens = [torch.tensor(data.tokens(row, self.dropout if gpt.training else 0.0)) for row in texts or rows]
         codes = [data.codes[row] for row in rows]
         lengths = torch.tensor([len(row) + 1 for row in codes])
         inputs = nn.utils.rnn.pad_sequence([F.pad(row, (1, 0), value=START) for row in codes], True, STOP)
@@ -156,7 +178,10 @@ class Trainer:
         if gpt.training:
             wrong = torch.rand(inputs.shape) < torch.rand(len(rows), 1) * CORRUPTION
             wrong[:, 0] = False
-            inputs = torch.where(wrong & (inputs < START), torch.randint(0, START, inputs.shape), inputs)
+            # Half of them by those that the GPT itself confuses them with, as it will when it hears itself.
+            close = torch.multinomial(self.mistaken[inputs.flatten()], 1).view(inputs.shape)
+            others = torch.where(torch.rand(inputs.shape) < 0.5, close, torch.randint(0, SOUNDS, inputs.shape))
+            inputs = torch.where(wrong & (inputs < START), others, inputs)
         voices = torch.stack([self.voice(name) for name in VOICES])
         whose = torch.tensor([list(VOICES).index(data.voices[row]) for row in rows])
         text = nn.utils.rnn.pad_sequence(tokens, True, 0)
@@ -169,6 +194,11 @@ class Trainer:
         mels = torch.cat([data.mels[row] for row in rows]).float()
         wanted = targets[real]
         right = (logits.argmax(1) == wanted).float().mean()
+        if gpt.training:
+            seen = torch.zeros_like(self.mistaken).index_add_(0, wanted, logits.detach()[:, :SOUNDS].softmax(1))
+            counts = torch.bincount(wanted, minlength=SOUNDS + 2)[:, None]
+            mean = seen / counts.clamp(min=1)
+            self.mistaken = torch.where(counts > 0, self.mistaken.lerp(mean, 0.02), self.mistaken)
         return F.cross_entropy(logits, wanted), F.l1_loss(read, mels), self._astray(tokens, lengths, whose), right
 
     def _astray(self, tokens: list[Tensor], lengths: Tensor, whose: Tensor) -> Tensor:
@@ -225,14 +255,28 @@ class Trainer:
         return {"gpt": self.gpt.state_dict(), "reader": self.reader.state_dict()}
 
 
-def train(work: Path, steps: int, rate: float, seed: int) -> None:
+def go_on(gpt: Any, saved: dict[str, Tensor]) -> None:
+    """Take saved weights, which may be those of fewer layers: what is added passes everything on at first."""
+    known = layers_of(saved)
+    if known > len(gpt.gpt.h):
+        raise ValueError(f"gpt.pt has {known} layers; --layers asks for {len(gpt.gpt.h)}, and none can be taken away")
+    for block in gpt.gpt.h[known:]:
+        for layer in (block.attn.c_proj, block.mlp.c_proj):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    gpt.load_state_dict({**gpt.state_dict(), **saved})
+
+
+def train(
+    work: Path, *, steps: int, rate: float, layers: int, dropout: float, spectrograms: float, guidance: float, seed: int
+) -> None:
     """Train for so many steps."""
     data = Data.load(work)
-    trainer = Trainer(data, seed)
+    trainer = Trainer(data, layers, dropout, seed)
     gpt = trainer.gpt
     if (work / "gpt.pt").exists():
         saved = torch.load(work / "gpt.pt")
-        gpt.load_state_dict(saved["gpt"])
+        go_on(gpt, saved["gpt"])
         trainer.reader.load_state_dict(saved["reader"])
     conditioning = [*gpt.conditioning_encoder.parameters(), *gpt.conditioning_perceiver.parameters()]
     conditioning = [parameter for parameter in conditioning if parameter.requires_grad]
@@ -248,14 +292,15 @@ def train(work: Path, steps: int, rate: float, seed: int) -> None:
         foreach=True,
     )
     start, mean = time.time(), torch.zeros(4)
-    for step, rows in zip(range(1, steps + 1), batches(data, seed, steps), strict=False):
+    short = 0.0 if (work / "gpt.pt").exists() else 0.1 * steps
+    for step, rows in zip(range(1, steps + 1), batches(data, seed, short), strict=False):
         share = step / steps
         factor = min(1, step / 150) * (0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2)
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * factor
         codes, mels, astray, right = trainer.loss(rows)
         optimizer.zero_grad()
-        (codes + 0.5 * mels + 0.3 * (1 - share) * astray).backward()
+        (codes + spectrograms * mels + guidance * (1 - share) * astray).backward()
         nn.utils.clip_grad_norm_(conditioning, 0.1)  # by themselves: they explode first
         nn.utils.clip_grad_norm_(others, 1.0)
         optimizer.step()
@@ -275,5 +320,8 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=7500)
     parser.add_argument("--rate", type=float, default=1.5e-3, help="of learning, at most")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    train(arguments.work, arguments.steps, arguments.rate, arguments.seed)
+    parser.add_argument("--layers", type=int, default=ARGS["gpt_layers"], help="no fewer than what is there has")
+    parser.add_argument("--dropout", type=float, default=0.15, help="of merges of the text tokenizer")
+    parser.add_argument("--spectrograms", type=float, default=0.5, help="what their error weighs")
+    parser.add_argument("--guidance", type=float, default=0.3, help="what it weighs to look astray, at first")
+    train(**vars(parser.parse_args()))

@@ -15,7 +15,7 @@ ARGS = {
     "gpt_start_audio_token": 1024,
     "gpt_stop_audio_token": 1025,
     "gpt_max_audio_tokens": 605,
-    "gpt_layers": 4,
+    "gpt_layers": 6,
     "gpt_n_model_channels": 192,
     "gpt_n_heads": 4,
     "decoder_input_dim": 192,
@@ -27,7 +27,10 @@ FRAMES = 4  # of a spectrogram, in a code
 SOUNDS, COPIES = 128, 8
 START, STOP = SOUNDS, SOUNDS + 1  # of what is trained
 LANGUAGES = "en es fr de it pt pl tr ru nl cs ar zh-cn hu ko ja hi".split()
-VOCODER_CHANNELS = 128  # of its first stage
+VOCODER_CHANNELS = 128  # of which every stage has half as many as the one before, the first 64
+# Of the layer in front of the stages, which works at the rate of spectrograms, costs next to nothing, and has to make
+# sounds of latents. It is what coqui-tts's default has; more could not be loaded.
+VOCODER_HIDDEN = 512
 TEXT_TOKENS = 1500
 # Of the six blocks of attention that the conditioning encoder has, as many are trained; the others stay as coqui-tts
 # makes them, which passes everything on.
@@ -57,14 +60,14 @@ def load_tokenizer(path: Path) -> Any:
     return VoiceBpeTokenizer(vocab_file=str(path))
 
 
-def make_gpt(tokenizer: Any) -> Any:
+def make_gpt(tokenizer: Any, layers: int = ARGS["gpt_layers"]) -> Any:
     """coqui-tts's GPT with new weights, for sounds."""
     from TTS.tts.layers.xtts.gpt import GPT
 
     gpt = GPT(
         start_text_token=tokenizer.tokenizer.token_to_id("[START]"),
         stop_text_token=0,
-        layers=ARGS["gpt_layers"],
+        layers=layers,
         model_dim=ARGS["gpt_n_model_channels"],
         heads=ARGS["gpt_n_heads"],
         max_text_tokens=402,
@@ -85,6 +88,11 @@ def make_gpt(tokenizer: Any) -> Any:
     # The perceiver has no norm in front; a small gain at its end keeps it from exploding.
     nn.init.constant_(gpt.conditioning_perceiver.norm.gamma, 0.1)
     return gpt
+
+
+def layers_of(saved: dict[str, Tensor]) -> int:
+    """How many layers a saved GPT has."""
+    return 1 + max(int(name.split(".")[2]) for name in saved if name.startswith("gpt.h."))
 
 
 def make_dvae() -> Any:

@@ -14,6 +14,9 @@ from neuron_xtts.coqui.models import load_tts
 
 VOICES = ("klatt", "f5")
 SHORT, LONG = "Good morning.", "The dog ran after the cat, and the cat ran after the mouse."
+# Trained weights round more than random ones: in fp32 coqui-tts's own vocoder is off by 3.9e-5 from what it computes in
+# fp64, the graphs by 2.9e-5, and the latents are seven times as large.
+ROUNDING = {"audio": 5e-5}
 LIMIT = 200  # codes; none of these sentences comes near
 
 
@@ -49,7 +52,7 @@ def test_tts(tts, miniature, text, name):
     neuron_xtts.patch(tts, strict=True)
     ours, our_state = say()
     assert torch.equal(our_state, their_state)
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=ROUNDING["audio"])
     assert np.abs(theirs).max() > 0.1
 
 
@@ -63,8 +66,7 @@ def test_ends_by_itself(tts, voices, plan, name):
     neuron_xtts.patch(tts, buckets=PLANS[plan], strict=True)
     lengths = {}
     for (text, seed), said in theirs.items():
-        # Trained latents are larger than random ones, and so is rounding; the audio's limit is that of all models.
-        assert_same_speech(speak(xtts, voices[name], text, seed), said, rounding=3e-5)
+        assert_same_speech(speak(xtts, voices[name], text, seed), said, rounding=3e-5, **ROUNDING)
         lengths.setdefault(text, []).append(said[0]["gpt_latents"].shape[1])
     assert max(lengths[SHORT]) < min(lengths[LONG])
     assert max(lengths[LONG]) < LIMIT
@@ -93,7 +95,7 @@ def test_streams(tts, voices, plan, text):
     theirs = stream(xtts, voices["klatt"], text)
     neuron_xtts.patch(tts, buckets=PLANS[plan], strict=True)
     ours = stream(xtts, voices["klatt"], text)
-    assert_same_chunks(ours, theirs)
+    assert_same_chunks(ours, theirs, **ROUNDING)
     assert all_fallbacks(xtts) == {}
 
 
