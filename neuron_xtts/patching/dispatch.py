@@ -70,6 +70,7 @@ class Dispatcher:
             args: of the call.
             kwargs: of the call.
         """
+        route.check(kwargs)
         first = (self.context, method) if route.kind in (Kind.REMEMBERED, Kind.NOTED) else (self.context,)
         graphs = partial(route.call, *first, *args, **kwargs)
         own = partial(route.own(self.context, method), *args, **kwargs)

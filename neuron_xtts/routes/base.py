@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Generic, TypeVar
@@ -68,6 +68,10 @@ def check_fp32(**tensors: Tensor) -> None:
             raise Fallback(f"{name.replace('_', ' ')} of {tensor.dtype}")
 
 
+def anything(arguments: Mapping[str, Any]) -> None:
+    """Refuse no arguments."""
+
+
 def as_it_is(context: Context, method: Method) -> Method:
     """coqui-tts's own method, without further ado."""
     return method
@@ -84,6 +88,7 @@ class Route:
             ``call(context, method, *args, **kwargs)``; raises `Fallback`, or anything else, if coqui-tts must serve it.
         kind: what ``call`` returns.
         own: ``own(context, method)`` is coqui-tts's method as a fallback calls it.
+        check: raises, before anything is tried, for keyword arguments that are ours and mean nothing.
     """
 
     owner: str
@@ -91,6 +96,7 @@ class Route:
     call: Callable[..., Any]
     kind: Kind = Kind.WHOLE
     own: Callable[[Context, Method], Method] = as_it_is
+    check: Callable[[Mapping[str, Any]], None] = anything
 
     @property
     def name(self) -> str:

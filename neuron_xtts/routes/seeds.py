@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,11 @@ def generator_of(seed: Any) -> torch.Generator | None:
             f"seed={seed!r}; expected a whole number from -2**63 to 2**64 - 1, or None to draw from torch's global "
             "generator"
         ) from None
+
+
+def check_seed(arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError if the ``seed`` among the arguments of a call is none."""
+    generator_of(arguments.get("seed"))
 
 
 @contextlib.contextmanager
