@@ -76,9 +76,10 @@ class Speech:
         voices += torch.from_numpy(self.random.integers(0, 4, count))
         text = nn.utils.rnn.pad_sequence(tokens, True)
         text_lengths = torch.tensor([len(row) for row in tokens])
-        _, hidden = latents(self.gpt, self.voices, voices, text, text_lengths, codes, lengths)
         # Every other sentence has codes that the GPT draws, as every sentence will have in the end.
-        logits = self.gpt.mel_head(hidden[1::2, :-1])[..., :SOUNDS] / 0.5
+        others = (part[1::2] for part in (voices, text, text_lengths, codes, lengths))
+        _, hidden = latents(self.gpt, self.voices, *others)
+        logits = self.gpt.mel_head(hidden[:, :-1])[..., :SOUNDS] / 0.5
         drawn = torch.multinomial(logits.flatten(0, 1).softmax(1), 1).view(logits.shape[:2])
         codes[1::2, 1:] = drawn
         _, hidden = latents(self.gpt, self.voices, voices, text, text_lengths, codes, lengths)

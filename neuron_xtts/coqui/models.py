@@ -11,6 +11,8 @@ from torch import nn
 from tqdm import tqdm
 
 from neuron_xtts.coqui.constants import CODES, START_CODE, STOP_CODE
+from neuron_xtts.coqui.find import find_xtts
+from neuron_xtts.errors import describe
 
 # Facts of the XTTS v2 checkpoint that coqui-tts's XttsArgs does not default to.
 XTTS_V2 = {
@@ -47,6 +49,7 @@ def load_or_make(checkpoint: Path | None, small: bool) -> Any:
 
     Raises:
         FileNotFoundError: ``checkpoint`` lacks a file of those that coqui-tts downloads.
+        ValueError: coqui-tts cannot load it.
     """
     if checkpoint is not None:
         missing = [name for name in ("config.json", "vocab.json", "model.pth") if not (checkpoint / name).is_file()]
@@ -67,10 +70,19 @@ def find_miniature() -> Path | None:
 
 
 def load_tts(folder: Path) -> Any:
-    """Load the XTTS checkpoint in ``folder`` (config.json, vocab.json, model.pth) as a ``TTS.api.TTS``."""
+    """Load the XTTS checkpoint in ``folder`` (config.json, vocab.json, model.pth) as a ``TTS.api.TTS``.
+
+    Raises:
+        ValueError: it is none.
+    """
     from TTS.api import TTS
 
-    return TTS(model_path=str(folder), config_path=str(folder / "config.json"), progress_bar=False)
+    try:
+        tts = TTS(model_path=str(folder), config_path=str(folder / "config.json"), progress_bar=False)
+        find_xtts(tts)
+    except Exception as error:  # coqui-tts raises whatever the reader of a file does
+        raise ValueError(f"{folder} cannot be loaded as an XTTS v2 checkpoint: {describe(error)}") from error
+    return tts
 
 
 def random_tts(folder: Path, *, small: bool = False, seed: int = 0, progress: bool = False, **args: object) -> Any:

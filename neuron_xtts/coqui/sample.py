@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuron_xtts.coqui.recognise import check_conditioning, conditioning_parts
+from neuron_xtts.coqui.recognise import check_plain, conditioning_parts
 from neuron_xtts.coqui.surface import Networks
 from neuron_xtts.coqui.weights import is_plain, tensors_of
 from neuron_xtts.errors import Fallback
@@ -22,7 +22,8 @@ _FRAMES, _TEXT, _CODES = 64, 24, 72
 class Sample:
     """The embeddings of a sentence that means nothing: the voice of noise, random text, random codes.
 
-    Always the same ones, without a draw from torch's random state, and without a call of anybody's hooks.
+    Always the same ones, without a draw from torch's random state, and without a call of anybody's hooks: without the
+    voice, if somebody hooked its encoder.
 
     Args:
         networks: of the model.
@@ -70,6 +71,7 @@ class Sample:
         """The graph of the voice encoder, unless it is another one or somebody hooked it."""
         with contextlib.suppress(Fallback):
             encoder, perceiver = conditioning_parts(self._networks)
-            check_conditioning(self._networks)
+            gpt = self._networks.gpt
+            check_plain(*gpt.conditioning_encoder.modules(), *gpt.conditioning_perceiver.modules())
             return Conditioning(encoder, perceiver)
         return None

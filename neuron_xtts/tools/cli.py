@@ -51,7 +51,8 @@ def _add_demo(subparsers: Subparsers) -> None:
         "demo",
         help="speak one sentence with plain coqui-tts and patched, and compare",
         description="Speak one sentence with plain coqui-tts and patched, with the same seed; compare time and audio. "
-        "Without --checkpoint the weights are random: the time is real, the audio is noise.",
+        "Without --checkpoint the miniature speaks, if there is one, as in a checkout of the repository, and then a "
+        "model of full size with random weights: its time is real, its audio is noise.",
     )
     demo.set_defaults(run=commands.run_demo)
     _add_model(demo)
@@ -61,7 +62,7 @@ def _add_demo(subparsers: Subparsers) -> None:
     demo.add_argument("--text", help="the sentence")
     demo.add_argument("--language", default="en", help="of the sentence (default: %(default)s)")
     demo.add_argument("--codes", type=_positive, default=100, help="with random weights (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
+    demo.add_argument("--seed", type=_seed, default=1, help="(default: %(default)s)")
     _add_backend(demo)
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="(default: %(default)s)")
 
@@ -275,7 +276,10 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
 
 def _add_speaker(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--speaker-wav", type=Path, metavar="FILE", help="the voice to clone (default: a tone it makes)"
+        "--speaker-wav",
+        type=Path,
+        metavar="FILE",
+        help="the voice to clone (default: a tone it makes; in the demo, the miniature's own)",
     )
 
 
@@ -287,8 +291,22 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", help="inf2, trn1, trn1n or trn2 (default: this machine)")
 
 
+def _whole(value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number") from None
+
+
+def _seed(value: str) -> int:
+    number = _whole(value)
+    if not -(2**63) <= number < 2**64:
+        raise argparse.ArgumentTypeError(f"{number} is not between -2**63 and 2**64 - 1")
+    return number
+
+
 def _positive(value: str) -> int:
-    number = int(value)
+    number = _whole(value)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not a positive number")
     return number

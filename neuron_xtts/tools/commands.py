@@ -52,6 +52,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
 def run_bench(arguments: argparse.Namespace) -> int:
     """Measure patched against unpatched coqui-tts."""
     _quieten()
+    _check_files(arguments.json, arguments.markdown, arguments.png)
     results = _measure(arguments)
     _write(results, arguments)
     if arguments.png:
@@ -75,6 +76,8 @@ def _measure(arguments: argparse.Namespace) -> Benchmark:
         )
     precisions = arguments.precisions or (HOST_PRECISIONS if on_host else NEURON_PRECISIONS)
     if arguments.what == "methods":
+        if arguments.texts:
+            raise ValueError("bench methods takes no --texts: its inputs are random tokens and codes")
         return methods.bench_methods(
             iterations=arguments.iterations,
             warm_up=arguments.warm_up,
@@ -100,6 +103,7 @@ def _measure(arguments: argparse.Namespace) -> Benchmark:
 def run_judge(arguments: argparse.Namespace) -> int:
     """Judge speech; the status is 1 if a gate failed."""
     _quieten()
+    _check_files(arguments.json, arguments.markdown)
     options = _patch_options(arguments)
     on_host = Options.make(**options, to_run=True).neuron is None
     judge = Judge(
@@ -126,10 +130,25 @@ def run_judge(arguments: argparse.Namespace) -> int:
 
 def _texts(path: Path) -> list[str]:
     """The sentences in a UTF-8 file, one a line; empty lines are left out."""
-    texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+    texts = [line.strip() for line in text.splitlines() if line.strip()]
     if not texts:
         raise ValueError(f"{path} has no text; expected one sentence a line")
     return texts
+
+
+def _check_files(*files: Path | None) -> None:
+    """Raise OSError, before hours have gone by, if a file cannot be written."""
+    for file in files:
+        if file is None:
+            continue
+        if not file.parent.is_dir():
+            raise FileNotFoundError(f"{file} cannot be written: there is no folder {file.parent}; make it first")
+        if file.is_dir():
+            raise IsADirectoryError(f"{file} cannot be written: it is a folder")
 
 
 def _write(results: Results, arguments: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from neuron_xtts.coqui.constants import OUTPUT_RATE
 from neuron_xtts.coqui.models import SENTENCES, find_miniature, load_or_make, load_tts
 from neuron_xtts.options import PatchOptions
 from neuron_xtts.tables import table
-from neuron_xtts.tools.recordings import write_reference, write_wav
+from neuron_xtts.tools.recordings import check_recording, write_reference, write_wav
 from neuron_xtts.tools.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -112,8 +112,13 @@ def run(
         for each model a side-by-side table and the report.
 
     Raises:
-        FileNotFoundError: ``checkpoint`` lacks a file of those that coqui-tts downloads.
+        FileNotFoundError: ``checkpoint`` lacks a file of those that coqui-tts downloads, or there is no such recording.
+        ValueError: checkpoint or recording cannot be read, there is no text, or the model has no such language.
     """
+    if text is not None and not text.strip():
+        raise ValueError("there is no text to speak")
+    if speaker_wav is not None:
+        check_recording(speaker_wav)
     out.mkdir(parents=True, exist_ok=True)
     settings: dict[str, Any] = {"language": language, "seed": seed, "options": options}
     files = out / "plain.wav", out / "patched.wav"
@@ -165,6 +170,9 @@ def compare(
     Returns:
         a side-by-side table and the report.
     """
+    languages = tts.synthesizer.tts_model.config.languages
+    if language not in languages:
+        raise ValueError(f"the model has no language {language!r}; choose one of {', '.join(languages)}")
     voice: dict[str, object] = {"speaker_wav": str(speaker_wav), "language": language, "split_sentences": False}
     length = {} if codes is None else {"min_new_tokens": codes, "max_new_tokens": codes}
 

@@ -11,6 +11,26 @@ import torch
 from torch import Tensor
 
 from neuron_xtts.coqui.constants import CODE_RATE
+from neuron_xtts.errors import describe
+
+
+def check_recording(path: Path) -> None:
+    """Raise unless coqui-tts can read a recording.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no audio, or none that this machine can decode.
+    """
+    from TTS.tts.models.xtts import load_audio
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no recording {path}")
+    try:
+        samples = load_audio(str(path), CODE_RATE)
+    except Exception as error:  # what decoders raise is not documented
+        raise ValueError(f"{path} cannot be read as a recording: {describe(error)}") from error
+    if not samples.numel():
+        raise ValueError(f"{path} has no samples")
 
 
 def write_reference(path: Path, seconds: float = 6.0) -> None:

@@ -38,6 +38,11 @@ def voices(original, miniature):
     return {name: xtts.get_conditioning_latents(str(miniature / f"{name}.wav")) for name in VOICES}
 
 
+def test_size(miniature):
+    """The repository keeps every version of it."""
+    assert sum(path.stat().st_size for path in miniature.iterdir()) < 12e6
+
+
 @pytest.mark.parametrize("name", VOICES)
 @pytest.mark.parametrize("text", [SHORT, LONG])
 def test_tts(tts, miniature, text, name):

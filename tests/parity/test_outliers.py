@@ -219,6 +219,18 @@ def test_units_are_found_again(xtts, voice, path):
 
 
 @torch.no_grad()
+def test_units_are_those_of_the_weights(xtts, voice):
+    """Whatever mode the model was in when it was patched."""
+    options = {"max_new_tokens": 15, **stop_after(xtts, None)}
+    other = copy.deepcopy(xtts)
+    neuron_xtts.patch(xtts, **INT8)
+    other.train()
+    neuron_xtts.patch(other, **INT8)
+    other.eval()
+    assert_identical(speak(xtts, voice, **options), speak(other, voice, **options))
+
+
+@torch.no_grad()
 def test_a_state_outlives_its_weights(deep, voice):
     """A stream that goes on while weights are converted again computes with those it began with."""
     neuron_xtts.patch(deep, **INT8)
@@ -244,7 +256,7 @@ class Louder(torch.nn.Module):
 
 @pytest.mark.parametrize(
     ("path", "reason"),
-    [("mel_embedding", "embeddings of another kind"), ("gpt.h.1.mlp.c_fc", "a Louder where a Conv1D")],
+    [("mel_embedding", "embeddings of another kind"), ("gpt.h.1.mlp.c_fc", "a Louder that is no Conv1D")],
 )
 def test_where_nothing_can_be_sampled(xtts, voice, caplog, path, reason):
     """int8 computes in the model's units, and says so once."""

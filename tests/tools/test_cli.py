@@ -110,12 +110,44 @@ def test_demo_with_a_checkpoint(tmp_path, capsys):
     assert not (tmp_path / "out" / "reference.wav").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.pth", b"no weights"),
+        ("vocab.json", b"{"),
+        ("config.json", b"{"),
+        ("config.json", b'{"model": "vits"}'),
+    ],
+)
+def test_a_checkpoint_that_is_none(tmp_path, capsys, name, content):
+    random_tts(tmp_path, small=True)
+    (tmp_path / name).write_bytes(content)
+    assert main(["demo", "--checkpoint", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert f"{tmp_path} cannot be loaded as an XTTS v2 checkpoint: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--speaker-wav", "none.wav"], "there is no recording none.wav"),
+        (["--speaker-wav", __file__], f"{__file__} cannot be read as a recording: "),
+        (["--text", " "], "there is no text to speak"),
+        (["--language", "xx"], "the model has no language 'xx'; choose one of en, "),
+    ],
+)
+def test_what_the_demo_cannot_speak(tmp_path, capsys, arguments, error):
+    assert main(["demo", "--small", "--out", str(tmp_path / "out"), *arguments]) == 1
+    assert error in capsys.readouterr().err
+
+
 def test_demo_without_a_checkpoint_where_it_was_named(tmp_path, capsys):
     assert main(["demo", "--checkpoint", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     assert "has no config.json, vocab.json, model.pth; expected the folder of an XTTS v2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["speak"], ["demo", "--codes", "0"], ["demo", "--codes", "many"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["speak"], ["demo", "--codes", "0"], ["demo", "--codes", "many"], ["demo", "--seed", f"{2**64}"]]
+)
 def test_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as error:
         main(arguments)
@@ -204,10 +236,19 @@ def test_bench_until_sentences_end(what, tmp_path, miniature):
     assert max(lengths[0]) < max(lengths[1])
 
 
-def test_bench_of_no_text(tmp_path, capsys):
-    (tmp_path / "texts.txt").write_text("\n\n")
-    assert main(["bench", "--small", "--texts", str(tmp_path / "texts.txt")]) == 1
-    assert "has no text; expected one sentence a line" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("lines", "arguments", "error"),
+    [
+        ("\n\n", [], "has no text; expected one sentence a line"),
+        ("One dog.\nTwo dogs.\nOne dog.", [], "'One dog.' is there 2 times; leave it in once"),
+        ("One dog.", ["methods"], "bench methods takes no --texts"),
+        ("One dog.", ["--json", "none/a.json"], "there is no folder none; make it first"),
+    ],
+)
+def test_texts_that_cannot_be_measured(tmp_path, capsys, lines, arguments, error):
+    (tmp_path / "texts.txt").write_text(lines)
+    assert main(["bench", *arguments, "--small", "--texts", str(tmp_path / "texts.txt")]) == 1
+    assert error in capsys.readouterr().err
 
 
 def test_sentences_share_no_audio():

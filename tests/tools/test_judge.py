@@ -111,15 +111,27 @@ def test_gates(gate, by_interval, verdicts):
     assert results.passed == all(passed for _, passed in verdicts)
 
 
-def test_a_gate_that_is_about_nothing():
-    with pytest.raises(ValueError, match="about nothing that was judged: wer/moonshine, wer/whisper"):
-        judged(plain=[1] * 10).check([Gate.parse("similarity >= 0.8")])
-
-
-@pytest.mark.parametrize("text", ["wer", "wer < 0.1", "wer <= much", "wer - <= 0.1", "", "wer <= 0.1 <= 0.2"])
+@pytest.mark.parametrize(
+    "text", ["wer", "wer < 0.1", "wer <= much", "wer - <= 0.1", "", "wer <= 0.1 <= 0.2", "wer <= 9 %"]
+)
 def test_what_is_no_gate(text):
-    with pytest.raises(ValueError, match=r"no gate; expected \[VARIANT\] METRIC \[- BASELINE\] <= NUMBER"):
+    with pytest.raises(ValueError, match=r"no gate; expected \[VARIANT\] METRIC \[- BASELINE\] <= NUMBER.*0.2 is 20 %"):
         Gate.parse(text)
+
+
+def test_a_gate_that_could_not_fail():
+    with pytest.raises(ValueError, match="compares int8 with itself"):
+        Gate.parse("int8 wer - int8 <= 0")
+    assert Gate.parse("int8 wer - fp32 <= 2e-2").limit == 0.02
+
+
+def test_figures_of_nothing():
+    """Where nobody spoke there is no length, and no figure that is not a number."""
+    results = judged(plain=[1] * 10, int8=[2] * 10)
+    for sample in results.samples["int8"]:
+        sample.ratios["length"] = (1.0, 0.0)
+    assert "length" not in results.metrics()
+    assert "NaN" not in json.dumps(results.to_dict())
 
 
 def test_recordings_that_differ_by_rounding(tmp_path):
@@ -234,7 +246,12 @@ def test_trained_weights(miniature, tmp_path, capsys):
             assert figure["value"] == pytest.approx(sums[0] / sums[1])
             assert figure["low"] <= figure["value"] <= figure["high"]
     wer = {variant: by["wer/moonshine"]["value"] for variant, by in figures.items()}
-    assert max(wer[ESPEAK], wer[PLAIN], wer["int8"]) + 0.2 < wer[SHUFFLED]
+    assert max(wer[ESPEAK], wer[PLAIN], wer["int8"]) <= 0.5  # of eight takes, in which espeak-ng has 0.28
+    assert wer[SHUFFLED] > 0.8
+    for voice in voices:
+        for variant in (PLAIN, "fp32", "int8"):
+            assert figures[variant][f"wrong-voice/{voice}"]["value"] == 0
+            assert figures[variant][f"similarity/{voice}"]["value"] > 0.75
     assert results["differences"]["int8"]["wer/moonshine"]["value"] == pytest.approx(wer["int8"] - wer[PLAIN])
     assert results["differences"]["fp32"]["wer/moonshine"] == {"value": 0, "low": 0, "high": 0}
     assert figures[PLAIN]["stopped"]["value"] > 0.8
@@ -298,6 +315,18 @@ def asked(tmp_path):
         (["--baseline", "best"], "baseline 'best' does not exist; choose one of 'espeak-ng', 'shuffled', 'coqui-tts'"),
         (["--espeak-voice", "en-us", "en-gb"], "2 voices of espeak-ng for 1 recordings"),
         (["--seeds", "1", "1"], "seeds [1, 1] must be different"),
+        (["--precisions", "fp32", "fp32"], "precisions ['fp32', 'fp32'] must be different"),
+        (
+            ["--gate", "wer/whisper <= 0.5"],
+            "about nothing that is judged; figures are agreement, cer/moonshine, latents",
+        ),
+        (["--gate", "stopped - espeak-ng >= 0"], "about nothing that is judged; figures are agreement, cer/moonshine"),
+        (["--gate", "coqui-tts same-codes >= 1"], "about nothing that is judged; figures are cer/moonshine, length"),
+        (["--gate", "similarity/b >= 0.5"], "about nothing that is judged"),
+        (["--gate", "wer <= 20"], "wer is a fraction; 0.2 is 20 %"),
+        (["--gate", "stopped >= 95"], "stopped is a fraction"),
+        (["--json", "none/a.json"], "none/a.json cannot be written: there is no folder none; make it first"),
+        (["--markdown", "."], ". cannot be written: it is a folder"),
         (["--limit", "1"], "1 sentences to judge: intervals need at least 2"),
         (["--speaker-wav", "b.wav"], "there is no recording b.wav"),
         (["--speaker-wav", "a/x.wav", "b/x.wav"], "of 2 recordings some have the same name"),
@@ -316,6 +345,24 @@ def test_texts_that_cannot_be_judged(asked, tmp_path, lines, error, capsys):
     (tmp_path / "texts.txt").write_text(lines)
     assert main(asked) == 1
     assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"One dog.", b""])
+def test_a_recording_that_is_none(asked, tmp_path, content, capsys):
+    (tmp_path / "a.wav").write_bytes(content)
+    assert main(asked) == 1
+    assert f"{tmp_path / 'a.wav'} cannot be read as a recording: " in capsys.readouterr().err
+
+
+def test_texts_that_are_no_text(asked, tmp_path, capsys):
+    (tmp_path / "texts.txt").write_bytes("Zwölf Hunde.\nEin Hund.".encode("latin-1"))
+    assert main(asked) == 1
+    assert "texts.txt is no text in UTF-8" in capsys.readouterr().err
+
+
+def test_names_of_voices(tmp_path):
+    """Gates name them, so that they have no spaces."""
+    assert by_name([tmp_path / "my own voice.wav", tmp_path / "ann.wav"]).keys() == {"my-own-voice", "ann"}
 
 
 @pytest.mark.parametrize("arguments", [["--baseline", "espeak-ng"], ["--gate", "wer - espeak-ng <= 0.03"]])

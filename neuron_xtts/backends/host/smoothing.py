@@ -83,7 +83,7 @@ def find_units(trunk: Trunk, embeds: Tensor) -> dict[nn.Module, Units]:
     part: Any
     for part, kind in (*((norm, nn.LayerNorm) for norm in norms), *((layer, Conv1D) for layer in layers)):
         if type(part) is not kind or part.weight is None or part.bias is None or not is_plain(part):
-            raise LookupError(f"a {type(part).__name__} where a {kind.__name__} with weights in fp32 belongs")
+            raise LookupError(f"a {type(part).__name__} that is no {kind.__name__} with weights in fp32 on the CPU")
     found: list[Units | None] = []
 
     def watch(layer: Any, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -21,7 +22,7 @@ import neuron_xtts
 from neuron_xtts.coqui.models import SENTENCES, load_or_make
 from neuron_xtts.options import PatchOptions
 from neuron_xtts.tables import Table, markdown, table
-from neuron_xtts.tools.recordings import write_reference
+from neuron_xtts.tools.recordings import check_recording, write_reference
 
 PLAIN = "coqui-tts"  # the variant that is not patched
 
@@ -65,8 +66,16 @@ def exactly(codes: int) -> Utterance:
 
 
 def utterances(lengths: Sequence[int], texts: Sequence[str]) -> tuple[Utterance, ...]:
-    """Texts that end by themselves if there are any, else a sentence of each length in codes."""
-    return tuple(map(Utterance, texts) if texts else map(exactly, lengths))
+    """Texts that end by themselves if there are any, else a sentence of each length in codes.
+
+    Raises:
+        ValueError: one is there twice, of which the second would be known by then.
+    """
+    spoken = tuple(map(Utterance, texts) if texts else map(exactly, lengths))
+    (most, times), *_ = Counter(utterance.key for utterance in spoken).most_common(1)
+    if times > 1:
+        raise ValueError(f"{label_of(most)!r} is there {times} times; leave it in once")
+    return spoken
 
 
 @dataclass(kw_only=True)
@@ -155,6 +164,8 @@ def prepare(checkpoint: Path | None, small: bool, speaker_wav: Path | None = Non
         small: a small model instead of one of full size, if the weights are random.
         speaker_wav: the recording; None for a tone.
     """
+    if speaker_wav is not None:
+        check_recording(speaker_wav)
     xtts = load_or_make(checkpoint, small).synthesizer.tts_model
     with tempfile.TemporaryDirectory() as folder:
         tone = Path(folder) / "reference.wav"

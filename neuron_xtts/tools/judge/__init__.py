@@ -39,6 +39,7 @@ from neuron_xtts.tools.judge.speaking import (
     speak,
 )
 from neuron_xtts.tools.judge.words import character_errors, normalize, word_errors
+from neuron_xtts.tools.recordings import check_recording
 
 
 class _Take(NamedTuple):
@@ -81,7 +82,7 @@ class Judge:
         options: keyword arguments of `neuron_xtts.patch`, but for the precision.
 
     Raises:
-        ValueError: something of this cannot be judged.
+        ValueError: something of this cannot be judged, or a recording not be read.
         FileNotFoundError: there is no such recording.
         ExtraMissingError: a package of the extra ``eval`` is missing.
     """
@@ -103,13 +104,14 @@ class Judge:
         check_extra()
         _check_texts(self.texts)
         for path in self.recordings.values():
-            if not path.is_file():
-                raise FileNotFoundError(f"there is no recording {path}")
+            check_recording(path)
         for name in self.recognizers:
             _check("recognizer", name, RECOGNIZERS)
         for precision in self.precisions:
             options: PatchOptions = {"backend": "auto", "buckets": None, "store": None, **self.options}
             Options.make(**in_precision(options, precision), to_run=True)
+        if len(set(self.precisions)) < len(self.precisions):
+            raise ValueError(f"precisions {list(self.precisions)} must be different")
         if min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {list(self.seeds)} must be different, and none negative")
         if len(self.espeak_voices) not in (1, len(self.recordings)):
@@ -125,6 +127,34 @@ class Judge:
             _check(what, name, (ESPEAK, SHUFFLED, PLAIN, *self.precisions))
             if name == ESPEAK and not has_espeak():
                 raise ValueError(f"{what} espeak-ng: it is not installed; on Debian: apt-get install espeak-ng")
+        for gate in self.gates:
+            self._check_gate(gate)
+
+    def _check_gate(self, gate: Gate) -> None:
+        """Raise ValueError if a gate is about nothing that there will be, or could not fail."""
+        name = gate.metric.partition("/")[0]
+        most = 2 if name in ("wer", "cer") else 1  # recognizers may hear more words than were said
+        if METRICS[name] is None and abs(gate.limit) > most:
+            raise ValueError(f"gate {gate.text!r}: {name} is a fraction; 0.2 is 20 %")
+        variants = gate.variants((PLAIN, *self.precisions))
+        figures = {variant: self._figures(variant) for variant in variants}
+        others = self._figures(gate.baseline) if gate.baseline else None
+        if not any(gate.means(figure) and (not others or figure in others) for by in figures.values() for figure in by):
+            there = sorted({figure for by in (*figures.values(), others or []) for figure in by})
+            raise ValueError(f"gate {gate.text!r} is about nothing that is judged; figures are {', '.join(there)}")
+
+    def _figures(self, variant: str) -> list[str]:
+        """Names of the figures of a variant, as far as anything is heard."""
+        figures = [f"{errors}/{recognizer}" for errors in ("wer", "cer") for recognizer in self.recognizers]
+        if variant == SHUFFLED:
+            return figures
+        voices = list(self.recordings)[: len(self.texts) if self.in_turn else None]
+        if len(self.recordings) == 1:
+            figures.append("similarity")
+        else:
+            figures += [f"{figure}/{voice}" for figure in ("similarity", "wrong-voice") for voice in voices]
+        figures += ["length", *(["stopped"] if variant != ESPEAK else [])]
+        return figures + (["same-codes", "agreement", "latents"] if variant not in (ESPEAK, PLAIN) else [])
 
     def run(self, checkpoint: Path, audio: Path | None = None) -> JudgeResults:
         """Speak, listen and compare, with progress bars.
@@ -225,12 +255,12 @@ class Judge:
 
 
 def by_name(recordings: Sequence[Path]) -> dict[str, Path]:
-    """Recordings by the name of the voice, which is that of the file.
+    """Recordings by the name of the voice, which is that of the file, with hyphens for spaces.
 
     Raises:
         ValueError: two have the same name.
     """
-    named = {path.stem: path for path in recordings}
+    named = {"-".join(path.stem.split()): path for path in recordings}
     if len(named) < len(recordings):
         raise ValueError(f"of {len(recordings)} recordings some have the same name: {', '.join(map(str, recordings))}")
     return named

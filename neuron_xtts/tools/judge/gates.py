@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from neuron_xtts.tools.judge.intervals import Estimate
 
 _GATE = re.compile(
     r"\s*(?:(?P<variant>\S+)\s+)?(?P<metric>[a-z-]*[a-z](?:/[^\s<>]+)?)(?:\s+-\s+(?P<baseline>[^\s<>]+))?"
-    r"\s*(?P<operator><=|>=)\s*(?P<limit>-?\d*\.?\d+)\s*"
+    r"\s*(?P<operator><=|>=)\s*(?P<limit>-?\d*\.?\d+(?:e-?\d+)?)\s*"
 )
 
 
@@ -46,8 +47,10 @@ class Gate:
         if found is None:
             raise ValueError(
                 f"{text!r} is no gate; expected [VARIANT] METRIC [- BASELINE] <= NUMBER, or >=, such as "
-                "'wer <= 0.2' or 'int8 wer - fp32 <= 0.02'"
+                "'wer <= 0.2' or 'int8 wer - fp32 <= 0.02', where 0.2 is 20 %"
             )
+        if found["variant"] and found["variant"] == found["baseline"]:
+            raise ValueError(f"{text!r} compares {found['variant']} with itself; name another baseline")
         return cls(
             text.strip(),
             found["variant"],
@@ -57,6 +60,10 @@ class Gate:
             float(found["limit"]),
             by_interval,
         )
+
+    def variants(self, spoken: Sequence[str]) -> list[str]:
+        """Those whose figures it is about, if the model speaks these."""
+        return [self.variant] if self.variant else [variant for variant in spoken if variant != self.baseline]
 
     def means(self, metric: str) -> bool:
         """Whether it is about a metric, such as ``wer/whisper``."""

@@ -62,6 +62,7 @@ def _whisper() -> Recognizer:
             temperature=0.0,  # never sampled, so that the same recording is always heard alike
             condition_on_previous_text=False,
             without_timestamps=True,
+            no_repeat_ngram_size=3,  # without which it may write one word a hundred times where it hears none
         )
         return " ".join(segment.text for segment in segments)
 

@@ -94,23 +94,13 @@ class JudgeResults(Results):
         return difference(self._sums(variant, metric), self._sums(baseline, metric))
 
     def check(self, gates: Sequence[Gate]) -> None:
-        """Judge by gates, each of every figure that it is about.
-
-        Raises:
-            ValueError: a gate is about no figure that there is.
-        """
+        """Judge by gates, each of every figure that it is about."""
         for gate in gates:
-            variants = [gate.variant] if gate.variant else [v for v in self.spoken if v != gate.baseline]
-            verdicts = [
-                Verdict(gate.text, gate.by_interval, variant, metric, found, gate.passes(found))
-                for variant in variants
-                for metric in self.metrics(variant, *([gate.baseline] if gate.baseline else []))
-                if gate.means(metric)
-                for found in [self._figure(variant, metric, gate.baseline)]
-            ]
-            if not verdicts:
-                raise ValueError(f"gate {gate.text!r} is about nothing that was judged: {', '.join(self.metrics())}")
-            self.verdicts += verdicts
+            for variant in gate.variants(self.spoken):
+                for metric in filter(gate.means, self.metrics(variant, *([gate.baseline] if gate.baseline else []))):
+                    found = self._figure(variant, metric, gate.baseline)
+                    verdict = Verdict(gate.text, gate.by_interval, variant, metric, found, gate.passes(found))
+                    self.verdicts.append(verdict)
 
     def to_dict(self) -> dict[str, Any]:
         """All samples, and the figures made of them, as plain data."""
@@ -181,7 +171,8 @@ class JudgeResults(Results):
         return ("gate", "variant", "figure", "found", ""), rows
 
     def _names(self, variant: str) -> set[str]:
-        return {name for sample in self.samples[variant] for name in sample.ratios}
+        """Figures that there is anything of: in silence there is no length, for one."""
+        return {name for sample in self.samples[variant] for name, (_, of) in sample.ratios.items() if of}
 
 
 def _show(metric: str, found: Estimate, sign: str = "") -> str:
