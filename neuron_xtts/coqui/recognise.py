@@ -160,6 +160,12 @@ def check_conditioning(networks: Networks) -> None:
     gpt = networks.gpt
     if gpt.training or gpt.conditioning_encoder.training or gpt.conditioning_perceiver.training:
         raise Fallback("training mode")
+    check_plain_conditioning(networks)
+
+
+def check_plain_conditioning(networks: Networks) -> None:
+    """See `check_plain`, of the voice encoder; its mode does not matter."""
+    gpt = networks.gpt
     check_plain(*gpt.conditioning_encoder.modules(), *gpt.conditioning_perceiver.modules())
 
 

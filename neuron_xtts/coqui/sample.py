@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuron_xtts.coqui.recognise import check_plain, conditioning_parts
+from neuron_xtts.coqui.recognise import check_plain_conditioning, conditioning_parts
 from neuron_xtts.coqui.surface import Networks
 from neuron_xtts.coqui.weights import is_plain, tensors_of
 from neuron_xtts.errors import Fallback
@@ -71,7 +71,6 @@ class Sample:
         """The graph of the voice encoder, unless it is another one or somebody hooked it."""
         with contextlib.suppress(Fallback):
             encoder, perceiver = conditioning_parts(self._networks)
-            gpt = self._networks.gpt
-            check_plain(*gpt.conditioning_encoder.modules(), *gpt.conditioning_perceiver.modules())
+            check_plain_conditioning(self._networks)
             return Conditioning(encoder, perceiver)
         return None

@@ -72,9 +72,9 @@ def utterances(lengths: Sequence[int], texts: Sequence[str]) -> tuple[Utterance,
         ValueError: one is there twice, of which the second would be known by then.
     """
     spoken = tuple(map(Utterance, texts) if texts else map(exactly, lengths))
-    (most, times), *_ = Counter(utterance.key for utterance in spoken).most_common(1)
-    if times > 1:
-        raise ValueError(f"{label_of(most)!r} is there {times} times; leave it in once")
+    for key, times in Counter(utterance.key for utterance in spoken).items():
+        if times > 1:
+            raise ValueError(f"{label_of(key)!r} is there {times} times; leave it in once")
     return spoken
 
 

@@ -136,12 +136,11 @@ class Judge:
         most = 2 if name in ("wer", "cer") else 1  # recognizers may hear more words than were said
         if METRICS[name] is None and abs(gate.limit) > most:
             raise ValueError(f"gate {gate.text!r}: {name} is a fraction; 0.2 is 20 %")
-        variants = gate.variants((PLAIN, *self.precisions))
-        figures = {variant: self._figures(variant) for variant in variants}
-        others = self._figures(gate.baseline) if gate.baseline else None
-        if not any(gate.means(figure) and (not others or figure in others) for by in figures.values() for figure in by):
-            there = sorted({figure for by in (*figures.values(), others or []) for figure in by})
-            raise ValueError(f"gate {gate.text!r} is about nothing that is judged; figures are {', '.join(there)}")
+        judged = {figure for variant in gate.variants((PLAIN, *self.precisions)) for figure in self._figures(variant)}
+        compared = judged.intersection(self._figures(gate.baseline)) if gate.baseline else judged
+        if not any(map(gate.means, compared)):
+            there = ", ".join(sorted(judged))
+            raise ValueError(f"gate {gate.text!r} is about nothing that is judged; figures are {there}")
 
     def _figures(self, variant: str) -> list[str]:
         """Names of the figures of a variant, as far as anything is heard."""
