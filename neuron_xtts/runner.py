@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -77,12 +77,12 @@ class Runner:
         return self.backend.new_state(slots, capacity)
 
     def step(
-        self, state: DecodeState, used: int, embeds: Tensor, positions: Tensor, mask: Tensor
+        self, state: DecodeState, bucket: Bucket, embeds: Tensor, slots: Sequence[int], positions: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Run a decode step; ``used`` of the positions of ``mask``, of all rows together, are not padding."""
+        """Run a decode step in a bucket; see `DecodeState.step`."""
         start = time.perf_counter()
-        outputs = state.step(embeds, positions, mask)
-        self._count("decode", (mask.shape[0], mask.shape[-1]), start, used)
+        outputs = state.step(embeds, slots, positions, bucket[1])
+        self._count("decode", bucket, start, sum(positions[slot] + 1 for slot in slots))
         return outputs
 
     def missing(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -26,8 +27,18 @@ class DecodeState(Protocol):
     def grow(self, capacity: int) -> None:
         """Hold at least ``capacity`` positions, those of a bucket, from now on, keeping what is there."""
 
-    def step(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Run one decode step; ``mask`` is as wide as the part of the state that the step may see."""
+    def step(self, embeds: Tensor, slots: Sequence[int], positions: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
+        """Run one decode step of some rows; the others stay as they are.
+
+        Args:
+            embeds: (R, 1, D) of the latest codes of R rows.
+            slots: of these rows.
+            positions: of every slot, that its next step writes; 0 where there is no row.
+            width: positions that the step may see.
+
+        Returns:
+            latents (R, D) and logits (R, V).
+        """
 
     def cached(self, slot: int, length: int) -> KeysAndValues:
         """The first ``length`` keys and values (H, length, K) of a slot."""

@@ -14,7 +14,6 @@ from neuron_xtts.coqui.embeddings import embed_codes
 from neuron_xtts.coqui.surface import Gpt
 from neuron_xtts.decoding.row import Row, draw, ended
 from neuron_xtts.errors import Fallback
-from neuron_xtts.graphs.operators import MASKED
 from neuron_xtts.graphs.transformer import KeysAndValues
 from neuron_xtts.runner import Runner
 
@@ -80,24 +79,13 @@ class Batch:
             latents (rows, D) and logits (rows, V) of that position.
         """
         slots = [_slot(row) for row in rows]
-        # What a row that waits writes, it writes again when its turn comes, before anything sees it.
         positions = [0 if row is None else row.position for row in self._slots]
-        _, width = self._runner.buckets.choose("decode", len(positions), max(positions) + 1, exact=1)
-        if width > self._state.capacity:
-            self._state.grow(width)
-        scattered = slots != list(range(len(positions)))  # or some slots have no row that steps
-        if scattered:
-            spread = embeds.new_zeros(len(positions), *embeds.shape[1:])
-            spread[slots] = embeds
-            embeds = spread
-        used = sum(row.position + 1 for row in self._slots if row is not None)
-        latents, logits = self._runner.step(
-            self._state, used, embeds, torch.tensor(positions, dtype=torch.int32), _mask(positions, width)
-        )
+        bucket = self._runner.buckets.choose("decode", len(positions), max(positions) + 1, exact=1)
+        if bucket[1] > self._state.capacity:
+            self._state.grow(bucket[1])
+        latents, logits = self._runner.step(self._state, bucket, embeds, slots, positions)
         for row in rows:
             row.position += 1
-        if scattered:
-            latents, logits = latents[slots], logits[slots]
         return _finite(latents, logits)
 
     def release(self, rows: Sequence[Row]) -> None:
@@ -131,15 +119,6 @@ class Batch:
         last = torch.tensor([length - 1], dtype=torch.int32)
         latents, logits, *cache = self._runner.run("prefill", bucket, length, padded, last)
         return latents, logits, KeysAndValues.split(cache)
-
-
-def _mask(positions: Sequence[int], width: int) -> Tensor:
-    """The mask (slots, 1, 1, width) of a step: zero up to the position of each slot."""
-    mask = torch.zeros(len(positions), 1, 1, width, dtype=torch.float32)
-    if min(positions) + 1 < width:
-        ends = torch.tensor(positions).view(-1, 1, 1, 1)
-        mask.masked_fill_(torch.arange(width) > ends, MASKED)
-    return mask
 
 
 def _slot(row: Row) -> int:

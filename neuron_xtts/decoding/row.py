@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from neuron_xtts.decoding.sampling import Sampler
+from neuron_xtts.decoding.sampling import Sampler, draw_together
 
 
 @dataclass(eq=False)
@@ -49,18 +49,15 @@ def draw(rows: Sequence[Row], logits: Tensor) -> Tensor:
     As in Hugging Face's loop, the rows of one call draw together, with one draw of their generator, and a row that has
     stopped draws as well and goes on with stop codes. Rows of one call stand side by side.
     """
-    drawn = []
-    for sampler, members in groupby(zip(rows, torch.split(logits, 1), strict=True), key=lambda pair: pair[0].sampler):
-        together, scores = zip(*members, strict=True)
-        codes = sampler.draw(torch.stack([row.ids for row in together]), torch.cat(scores))
-        for i, row in enumerate(together):
-            if row.stopped:
-                codes[i] = sampler.stop_code
-            row.ids = torch.cat([row.ids, codes[i : i + 1]])
-        for row, code in zip(together, codes.tolist(), strict=True):
-            row.stopped = code == sampler.stop_code
-        drawn.append(codes)
-    return torch.cat(drawn)
+    calls = [(sampler, list(members)) for sampler, members in groupby(rows, key=lambda row: row.sampler)]
+    codes = draw_together([(sampler, [row.ids for row in members]) for sampler, members in calls], logits)
+    for i, row in enumerate(rows):
+        if row.stopped:
+            codes[i] = row.sampler.stop_code
+        row.ids = torch.cat([row.ids, codes[i : i + 1]])
+    for row, code in zip(rows, codes.tolist(), strict=True):
+        row.stopped = code == row.sampler.stop_code
+    return codes
 
 
 def ended(rows: Sequence[Row]) -> bool:

@@ -1,12 +1,13 @@
 """Sampling on the host: transformers' public logits processors in Hugging Face's order, and the draw.
 
 The order and the defaults are those of ``GenerationMixin.generate`` (transformers 4.57 to 5): repetition penalty,
-minimum length, then, if sampling, temperature, top-k and top-p. The same seed therefore draws the same codes.
+minimum length, then, if sampling, temperature, top-k and top-p. The same seed therefore draws the same codes. For calls
+that decode together the same is done of all their rows at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -135,6 +136,16 @@ class Sampler:
         self.generator = generator
         self._processors = sampling.processors(prefix_length, stop_code)
 
+    @property
+    def draws(self) -> bool:
+        """Whether codes are drawn, and not the likeliest taken."""
+        return self.sampling.do_sample or self.sampling.draws
+
+    @property
+    def least_length(self) -> int:
+        """Of ids, before the stop code may come."""
+        return self.prefix_length + self.sampling.min_new_tokens
+
     def draw(self, ids: Tensor, scores: Tensor) -> Tensor:
         """One code per row (B,).
 
@@ -144,7 +155,65 @@ class Sampler:
         """
         for process in self._processors:
             scores = process(ids, scores)
-        if not (self.sampling.do_sample or self.sampling.draws):
+        if not self.draws:
             return scores.argmax(dim=-1)
         shares = torch.softmax(scores, dim=-1)
         return torch.multinomial(shares, num_samples=1, generator=self.generator).squeeze(1)
+
+
+def draw_together(calls: Sequence[tuple[Sampler, Sequence[Tensor]]], scores: Tensor) -> Tensor:
+    """What `Sampler.draw` gives for every call, in the operators of one: as many as their rows, B, are together.
+
+    Args:
+        calls: each with its rows' ids, (P + N,).
+        scores: (B, V) logits, the rows of one call after those of another.
+
+    Returns:
+        a code for each row (B,).
+    """
+    if len(calls) == 1:
+        ((sampler, ids),) = calls
+        return sampler.draw(torch.stack(list(ids)), scores)
+    settings = [sampler.sampling for sampler, ids in calls for _ in ids]
+    scores = _processed(settings, calls, scores)
+    shares = torch.softmax(scores, dim=-1)
+    # What torch.multinomial does for one draw, with the generators of all calls.
+    waits = [torch.empty(len(ids), scores.shape[1]) for _, ids in calls]
+    draws = [sampler.draws for sampler, ids in calls for _ in ids]
+    for (sampler, _), wait in zip(calls, waits, strict=True):
+        if sampler.draws:
+            wait.exponential_(generator=sampler.generator)
+    drawn = (shares / torch.cat(waits)).argmax(-1)
+    return drawn if all(draws) else torch.where(torch.tensor(draws), drawn, scores.argmax(-1))
+
+
+def _processed(
+    settings: Sequence[Sampling], calls: Sequence[tuple[Sampler, Sequence[Tensor]]], scores: Tensor
+) -> Tensor:
+    """``scores`` (B, V) after the processors of each row's settings; where it has none, one that changes nothing."""
+
+    def column(value: Callable[[Sampling], float]) -> Tensor:
+        return torch.tensor([value(sampling) for sampling in settings]).unsqueeze(1)
+
+    rows = [(sampler, ids) for sampler, each in calls for ids in each]
+    penalty = column(lambda sampling: sampling.repetition_penalty)
+    lengths = torch.tensor([len(ids) for _, ids in rows])
+    seen = torch.zeros(scores.shape, dtype=torch.bool)
+    seen[torch.arange(len(rows)).repeat_interleave(lengths), torch.cat([ids for _, ids in rows])] = True
+    scores = torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+    early = [i for i, (sampler, ids) in enumerate(rows) if len(ids) < sampler.least_length]
+    if early:
+        scores[early, [rows[i][0].stop_code for i in early]] = -torch.inf
+    scores = scores / column(lambda sampling: sampling.temperature if sampling.do_sample else 1.0)
+    kept = [min(sampling.top_k, scores.shape[1]) if sampling.do_sample else 0 for sampling in settings]
+    if any(kept):
+        largest = torch.topk(scores, max(kept)).values
+        least = largest.gather(1, torch.tensor(kept).clamp_min(1).sub(1).unsqueeze(1))
+        least[torch.tensor(kept) == 0] = -torch.inf
+        scores = scores.masked_fill(scores < least, -torch.inf)
+    if any(sampling.do_sample and sampling.top_p < 1 for sampling in settings):
+        ordered, order = torch.sort(scores)
+        out = ordered.softmax(-1).cumsum(-1) <= column(lambda s: 1 - s.top_p if s.do_sample and s.top_p < 1 else -1.0)
+        out[:, -1] = False
+        scores = scores.masked_fill(out.scatter(1, order, out), -torch.inf)
+    return scores

@@ -17,7 +17,6 @@ import neuron_xtts
 from neuron_xtts import BucketPlan
 from neuron_xtts.backends.neuron.store import MANIFEST, MODEL, Store
 from neuron_xtts.errors import ArtifactError, Fallback
-from neuron_xtts.graphs.operators import MASKED
 from neuron_xtts.tools import bench, demo
 from neuron_xtts.tools.bench import accuracy as accuracy_module
 from neuron_xtts.tools.bench.methods import bench_methods
@@ -423,9 +422,7 @@ def test_states_that_take_turns(xtts, patch, monkeypatch):
     inputs = [torch.randn(1, 1, 64) for _ in range(6)]
 
     def run(state, position):
-        mask = torch.full((1, 1, 1, 80), MASKED)
-        mask[..., : position + 1] = 0
-        return state.step(inputs[position], torch.tensor([position], dtype=torch.int32), mask)[0]
+        return state.step(inputs[position], [0], [position], 80)[0]
 
     alone = backend.new_state(1, 80)
     expected = [run(alone, position) for position in range(6)]

@@ -16,7 +16,7 @@ from torch import nn
 import neuron_xtts
 from neuron_xtts import BucketPlan
 from neuron_xtts.backends.host.backend import CpuBackend, HostState
-from neuron_xtts.backends.host.onerow import OneRow
+from neuron_xtts.backends.host.rows import Rows
 from neuron_xtts.patching.dispatch import DISABLE_VARIABLE
 from neuron_xtts.runner import Runner
 
@@ -534,7 +534,7 @@ class BoomError(Exception):
 
 FAULTS = {
     "prefill": (CpuBackend, "run", 0, "GPT.generate"),
-    "fill": (OneRow, "fill", 0, "GPT.generate"),
+    "fill": (Rows, "fill", 0, "GPT.generate"),
     "first step": (Runner, "step", 0, "GPT.generate"),
     "step 9": (Runner, "step", 9, "GPT.generate"),
     "last step": (Runner, "step", 18, "GPT.generate"),
@@ -549,7 +549,7 @@ def test_fault_anywhere(xtts, voice, monkeypatch, caplog, fault, plan):
     options = {"max_new_tokens": 20, **stop_after(xtts, None)}
     theirs = speak(xtts, voice, **options)
     owner, method, at, route = FAULTS[fault]
-    if owner is OneRow and plan.decode is not None:
+    if owner is Rows and plan.decode is not None:
         owner = HostState
     neuron_xtts.patch(xtts, buckets=plan)
     with monkeypatch.context() as patching, caplog.at_level(logging.WARNING, logger="neuron_xtts"):

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import neuron_xtts
 from neuron_xtts.backends.host.backend import HostState
-from neuron_xtts.backends.host.onerow import OneRow
+from neuron_xtts.backends.host.rows import Rows
 from neuron_xtts.backends.host.smoothing import linears_of
 from neuron_xtts.backends.neuron.verification import correlation
 from neuron_xtts.coqui.embeddings import embed_prefix
@@ -113,7 +113,7 @@ def states(xtts, voice):
     pair = backend.new_state(1, 200), HostState(backend._graphs["decode"], 1, 200)
     for state in pair:
         state.fill(0, KeysAndValues.split(cache), prefix.shape[1])
-    assert type(pair[0]) is OneRow
+    assert type(pair[0]) is Rows
     return pair, KeysAndValues.split(cache), prefix.shape[1]
 
 
@@ -126,22 +126,22 @@ def test_one_row_computes_what_the_graph_does(deep, reference, way):
     neuron_xtts.patch(deep, **INT8)
     (one, graph), cache, length = states(deep, voice)
     for kept, made in zip(one.cached(0, length).together(), cache.together(), strict=True):
-        torch.testing.assert_close(kept, made[0], rtol=2e-3, atol=2e-3 * float(made.std()))
+        torch.testing.assert_close(kept, made[0], rtol=2e-3, atol=4e-3 * float(made.std()))
     for step in range(20):
         at = length + step
-        inputs = torch.randn(1, 1, 64), torch.tensor([at], dtype=torch.int32), torch.zeros(1, 1, 1, at + 1)
+        inputs = torch.randn(1, 1, 64), [0], [at], at + 1
         for ours, theirs in zip(one.step(*inputs), graph.step(*inputs), strict=True):
             assert correlation(ours, theirs) > 0.999
 
 
 @torch.no_grad()
 def test_a_code_takes_no_more_operators(deep, voice, unsmoothed):
-    """Units are in the parameters; only an activation that is far too large takes one more, in its block."""
+    """Units are in the parameters, but for those behind an activation: one more in each block."""
 
     def operators():
         with neuron_xtts.patched(deep, **INT8):
             (one, _), _, at = states(deep, voice[0])
-            inputs = torch.randn(1, 1, 64), torch.tensor([at], dtype=torch.int32), torch.zeros(1, 1, 1, at + 1)
+            inputs = torch.randn(1, 1, 64), [0], [at], at + 1
             for _ in range(3):
                 one.step(*inputs)
             with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -150,9 +150,9 @@ def test_a_code_takes_no_more_operators(deep, voice, unsmoothed):
 
     smoothed = operators()
     with unsmoothed():
-        assert operators() == smoothed
+        assert smoothed - operators() == {"aten::addcmul": len(deep.gpt.gpt.h)}
     outliers.hidden(deep.gpt, 100)
-    assert operators() - smoothed == {"aten::mul": 2}
+    assert operators() == smoothed
 
 
 @pytest.mark.parametrize("path", ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"])
@@ -235,7 +235,7 @@ def test_a_state_outlives_its_weights(deep, voice):
     """A stream that goes on while weights are converted again computes with those it began with."""
     neuron_xtts.patch(deep, **INT8)
     (one, _), _, at = states(deep, voice[0])
-    inputs = torch.randn(1, 1, 64), torch.tensor([at], dtype=torch.int32), torch.zeros(1, 1, 1, at + 1)
+    inputs = torch.randn(1, 1, 64), [0], [at], at + 1
     before = one.step(*inputs)[0]
     outliers.values(deep.gpt, 100)
     outliers.norms(deep.gpt, 100)

@@ -32,7 +32,7 @@ from torch import nn
 import neuron_xtts
 from neuron_xtts import BucketPlan
 from neuron_xtts.backends.host.backend import CpuBackend, HostState
-from neuron_xtts.backends.host.onerow import OneRow
+from neuron_xtts.backends.host.rows import Rows
 from neuron_xtts.backends.neuron.tracing import traceable
 from neuron_xtts.coqui.hooks import is_hooked, without_recorders
 from neuron_xtts.coqui.recognise import make_graphs
@@ -242,7 +242,7 @@ def test_a_thousand_abandoned_streams(xtts, voice):
         next(chunks)
         del chunks
     assert held[1000] - held[200] < 8 * 2**20
-    assert not [state for state in gc.get_objects() if type(state) in (OneRow, HostState)]
+    assert not [state for state in gc.get_objects() if type(state) in (Rows, HostState)]
     assert neuron_xtts.report(xtts).routes["GPT.get_generator"].served == 1001
 
 

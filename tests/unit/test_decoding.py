@@ -1,6 +1,7 @@
 """Rows and batches by themselves: rows that join, step, wait and leave, against the whole sequence at once."""
 
 import copy
+from itertools import accumulate
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def test_a_batch_that_is_full(xtts):
 
 
 def rows_of(count=1, generator=None, **options):
-    sampling = Sampling(do_sample=True, max_new_tokens=6, **options)
+    sampling = Sampling(**{"do_sample": True, "max_new_tokens": 6} | options)
     return make_rows(Sampler(sampling, 3, stop_code=9, generator=generator), count, start_code=8)
 
 
@@ -183,14 +184,57 @@ def test_a_generator_of_its_own():
     assert not torch.equal(found[0], found[2])
 
 
-def test_calls_that_draw_side_by_side():
+def settings_of_calls():
+    return st.lists(
+        st.fixed_dictionaries(
+            {"count": st.integers(1, 3), "do_sample": st.booleans(), "draws": st.booleans()},
+            optional={
+                "temperature": st.sampled_from([0.1, 0.75, 1.0, 3.0]),
+                "top_k": st.sampled_from([0, 1, 4, 10, 50]),
+                "top_p": st.sampled_from([0.05, 0.3, 0.85, 1.0]),
+                "repetition_penalty": st.sampled_from([0.5, 1.0, 1.3, 10.0]),
+                "min_new_tokens": st.integers(0, 6),
+            },
+        ),
+        min_size=2,
+        max_size=6,
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(calls=settings_of_calls(), seed=st.integers(0, 2**31), scale=st.sampled_from([0.0, 1.0, 30.0]))
+def test_calls_that_draw_side_by_side(calls, seed, scale):
     """Each draws what it draws alone, with settings, length and generator of its own."""
-    settings = ({"count": 2, "temperature": 0.7}, {"top_k": 3, "repetition_penalty": 4.0}, {"count": 3, "top_p": 0.6})
-    logits = torch.randn(6, 6, 10)
+    rows = sum(options["count"] for options in calls)
+    logits = scale * torch.randn(6, rows, 10, generator=torch.Generator().manual_seed(seed))
 
-    def calls():
-        return [rows_of(generator=torch.Generator().manual_seed(i), **options) for i, options in enumerate(settings)]
+    def begun():
+        return [rows_of(generator=torch.Generator().manual_seed(i), **options) for i, options in enumerate(calls)]
 
-    together, ends = drawn(logits, *calls()), (0, 2, 3, 6)
-    for i, rows in enumerate(calls()):
-        assert torch.equal(drawn(logits[:, ends[i] : ends[i + 1]], rows)[0], together[i])
+    for together, made, end in zip(
+        drawn(logits, *begun()), begun(), accumulate(o["count"] for o in calls), strict=True
+    ):
+        assert torch.equal(drawn(logits[:, end - len(made) : end], made)[0], together)
+
+
+def test_that_another_draw_would_be_seen():
+    """At real width: were a setting of one row taken for another's, or a generator, other codes would come."""
+    logits = 3 * torch.randn(8, 2, 1026)
+
+    def codes(temperature, seed):
+        pair = [
+            make_rows(
+                Sampler(
+                    Sampling(do_sample=True, max_new_tokens=9, **options), 3, 1025, torch.Generator().manual_seed(i)
+                ),
+                1,
+                1024,
+            )
+            for i, options in ((seed, {"temperature": temperature, "top_p": 0.85}), (1, {"repetition_penalty": 10.0}))
+        ]
+        return drawn(logits, *pair)
+
+    first, second = codes(0.75, 0)
+    for changed in (codes(1.5, 0), codes(0.75, 2)):
+        assert not torch.equal(changed[0], first)
+        assert torch.equal(changed[1], second)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from neuron_xtts.backends.host.converted import Aside, HostVocoder, Linears
 from neuron_xtts.backends.host.kernels import cpu_has, rounded
-from neuron_xtts.backends.host.onerow import OneRow
 from neuron_xtts.backends.host.operators import HostOperators
+from neuron_xtts.backends.host.rows import Rows
 from neuron_xtts.backends.memory import lazy_zeros
 from neuron_xtts.buckets import Bucket, BucketPlan
 from neuron_xtts.coqui.sample import Sample
@@ -100,13 +100,13 @@ class CpuBackend:
         if self._linears.aside:
             self._linears.aside.bring_back()
 
-    def new_state(self, slots: int, capacity: int) -> HostState | OneRow:
+    def new_state(self, slots: int, capacity: int) -> HostState | Rows:
         """See `Backend.new_state`."""
         decode = self._graphs["decode"]
         assert isinstance(decode, Decode)
-        if slots == 1 and self.plan.decode is None:
+        if self.plan.decode is None:
             try:
-                return OneRow(decode, self._linears, capacity)
+                return Rows(decode, self._linears, slots, capacity)
             except LookupError as error:
                 logger.info("decoding operator by operator, which is slower: %s", error)
         return HostState(decode, slots, capacity)
@@ -140,11 +140,12 @@ class HostState:
         grown[:, :, :, :held] = self._data
         self._data = grown
 
-    def step(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, embeds: Tensor, slots: Sequence[int], positions: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
         """See `DecodeState.step`."""
-        cache = self._data[:, :, :, : mask.shape[-1]].unbind(0)
-        latents, logits = self._decode(embeds, positions, mask if mask.any() else None, *cache)
-        return latents, logits
+        cache = self._data[:, :, :, :width].unbind(0)
+        embeds, at, mask = self._decode.arrange(embeds, slots, positions, width)
+        latents, logits = self._decode(embeds, at, mask if mask.any() else None, *cache)
+        return latents[slots], logits[slots]
 
     def cached(self, slot: int, length: int) -> KeysAndValues:
         """See `DecodeState.cached`."""

@@ -77,14 +77,12 @@ class Converted(NamedTuple):
     """A linear layer with converted weights.
 
     Attributes:
-        packed: weight and bias, see `multiply`.
-        bias: that was packed.
+        layer: as `multiply` takes it.
         takes: the units of its input; None for those of the model.
         gives: the units of its output; likewise.
     """
 
-    packed: torch.ScriptObject
-    bias: Tensor
+    layer: Any
     takes: Units | None
     gives: Units | None
 
@@ -132,6 +130,7 @@ class Linears:
         takes = self._units(trunk)
         # The values of attention are made in the units that the layer behind it takes.
         gives = {block.attn.c_attn: values_in(takes[block.attn.c_proj]) for block in trunk.h if takes}
+        behind_activations = {block.mlp.c_proj for block in trunk.h}
         engine = torch.backends.quantized.engine
         torch.backends.quantized.engine = "fbgemm"  # of the packing; nothing else asks for it later
         try:
@@ -141,8 +140,8 @@ class Linears:
                     weight, bias = takes[layer].taken(weight, bias)
                 if layer in gives:
                     weight, bias = gives[layer].given(weight, bias)
-                packed = pack(self.kind, weight, bias)
-                self._converted[layer] = Converted(packed, bias, takes.get(layer), gives.get(layer))
+                packed = pack(self.kind, weight, bias, positive=layer in behind_activations and layer in takes)
+                self._converted[layer] = Converted(packed, takes.get(layer), gives.get(layer))
                 self.bytes += WEIGHT_BYTES[self.kind] * layer.weight.numel()
                 if self.aside:
                     self.aside.move(layer.weight)
@@ -170,7 +169,7 @@ class Linears:
             return linear(module, x)
         if converted.takes:
             x = converted.takes.into(x)
-        y = multiply(self.kind, x, converted.packed, converted.bias)
+        y = multiply(self.kind, x, converted.layer)
         return converted.gives.out_of(y) if converted.gives else y
 
     def argument(self, module: Any) -> Any:
@@ -183,7 +182,7 @@ class Linears:
             if self.kind == "fp32" and type(module) is Conv1D and module.weight.is_contiguous():
                 return row_layer(module)
             if module in self._converted:
-                return self._converted[module].packed
+                return self._converted[module].layer
         raise LookupError(f"a {type(module).__name__} with hooks, or of another kind")
 
     def takes(self, module: nn.Module) -> Units | None:

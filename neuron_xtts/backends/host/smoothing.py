@@ -28,6 +28,8 @@ _LEAST = 0.01
 # Of the median over channels: an activation that is larger in the sample is made smaller. Channels of random weights,
 # and of a small model that was trained, do not reach it: the largest there has between five and eight times the median.
 _MOST = 8.0
+# What GELU gives at least, by either of its formulas: -0.1700 at -0.75.
+_LOWEST = -0.1701
 
 
 class Units(NamedTuple):
@@ -67,7 +69,7 @@ def values_in(units: Units) -> Units:
 
 @torch.no_grad()
 def find_units(trunk: Trunk, embeds: Tensor) -> dict[nn.Module, Units]:
-    """The units for the inputs of linear layers; behind an activation only where they are needed.
+    """The units for the inputs of linear layers.
 
     Nobody's hooks are called.
 
@@ -84,7 +86,7 @@ def find_units(trunk: Trunk, embeds: Tensor) -> dict[nn.Module, Units]:
     for part, kind in (*((norm, nn.LayerNorm) for norm in norms), *((layer, Conv1D) for layer in layers)):
         if type(part) is not kind or part.weight is None or part.bias is None or not is_plain(part):
             raise LookupError(f"a {type(part).__name__} that is no {kind.__name__} with weights in fp32 on the CPU")
-    found: list[Units | None] = []
+    found: list[Units] = []
 
     def watch(layer: Any, x: Tensor) -> Tensor:
         behind_activation = len(found) % 4 == 3
@@ -97,7 +99,7 @@ def find_units(trunk: Trunk, embeds: Tensor) -> dict[nn.Module, Units]:
     (latents,) = graph(embeds)
     if not latents.isfinite().all():
         raise LookupError("latents of a sample that are not finite")
-    return {layer: units for layer, units in zip(layers, found, strict=True) if units}
+    return dict(zip(layers, found, strict=True))
 
 
 def _balanced(x: Tensor, weight: Tensor) -> Units:
@@ -109,15 +111,16 @@ def _balanced(x: Tensor, weight: Tensor) -> Units:
     return Units(factor, -mean * factor)
 
 
-def _damped(x: Tensor) -> Units | None:
-    """Units in which no channel of ``x`` (L, C) is much larger than the others; None if none is.
+def _damped(x: Tensor) -> Units:
+    """Units in which no channel of ``x`` (L, C), behind an activation, is much larger than the others, or below zero.
 
-    Other units behind an activation take an operator of their own. Most values there are near zero, where they must
-    stay, and the largest are rare: a sample tells no more than which channels are far too large.
+    Most values there are near zero, where they must stay next to each other, and the largest are rare: a sample tells
+    no more than which channels are far too large.
     """
     largest = x.abs().amax(0)
-    most = _MOST * float(largest.median())
-    return Units(most / largest.clamp_min(most), torch.zeros_like(largest)) if largest.max() > most > 0 else None
+    most = _MOST * largest.median().clamp_min(1e-12)
+    factor = most / largest.clamp_min(most)
+    return Units(factor, -_LOWEST * factor)
 
 
 def _unhooked(block: Block) -> SimpleNamespace:

@@ -262,11 +262,15 @@ class NeuronState:
         self._graph = self._loaded["decode", bucket]
         self._on_host: Tensor | None = self._empty()
 
-    def _empty(self) -> Tensor:
+    @property
+    def _decode(self) -> Decode:
         decode = self._backend.graphs["decode"]
         assert isinstance(decode, Decode)
-        shape = (decode.states, *decode.cache_shape(self._bucket[0], self._bucket[1]))
-        return lazy_zeros(shape, decode.head.weight.dtype)  # zeros: what a slot holds must be finite
+        return decode
+
+    def _empty(self) -> Tensor:
+        shape = (self._decode.states, *self._decode.cache_shape(self._bucket[0], self._bucket[1]))
+        return lazy_zeros(shape, self._decode.head.weight.dtype)  # zeros: what a slot holds must be finite
 
     @property
     def capacity(self) -> int:
@@ -287,16 +291,17 @@ class NeuronState:
         self._enter((self._bucket[0], capacity))
         self._copy_to_host(contents)
 
-    def step(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, embeds: Tensor, slots: Sequence[int], positions: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
         """See `DecodeState.step`."""
         if self._on_host is not None:
             self._graph.take_over(self)
             self._graph.write(list(self._on_host))
             self._on_host = None
         self._check_owner()
-        latents, logits, *_ = self._backend.call("decode", self._bucket, embeds, positions, mask)
-        self._length = max(self._length, int(positions.max()) + 1)
-        return latents, logits
+        inputs = self._decode.arrange(embeds, slots, positions, width)
+        latents, logits, *_ = self._backend.call("decode", self._bucket, *inputs)
+        self._length = max(self._length, max(positions) + 1)
+        return latents[slots], logits[slots]
 
     def cached(self, slot: int, length: int) -> KeysAndValues:
         """See `DecodeState.cached`."""
