@@ -1,16 +1,18 @@
 """The code tokenizer: coqui-tts's DVAE, trained on spectrograms, and the sounds of every sentence.
 
-    python experiments/miniature/codes.py WORK
+    python experiments/miniature/codes.py WORK [--processes 2]
 
 Writes WORK/mels.npy ((F, 80) in fp16, of all sentences, `FRAMES` for each code), WORK/norms.pt ((80,), what XTTS calls
-mel_stats), WORK/dvae.pt and WORK/codes.npy (of all sentences, one after another). Spectrograms and tokenizer are made
-unless they are there.
+mel_stats), WORK/dvae.pt and WORK/codes.npy (of all sentences, one after another). What is there already is
+taken as it is: the tokenizer and the norms of other sentences fit more of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +26,52 @@ from tqdm import tqdm
 WINDOW = 64  # frames of a training example
 
 
-def spectrograms(work: Path) -> Tensor:
-    """Spectrograms (F, 80) of all sentences, each channel divided by its mean size."""
-    from TTS.tts.layers.tortoise.arch_utils import TorchMelSpectrogram
+class Speech:
+    """The audio of a data set, of which each process of a pool makes spectrograms."""
 
-    audio = np.load(work / "audio.npy", mmap_mode="r")
-    spectrogram = TorchMelSpectrogram(mel_norm_file=None, sampling_rate=22050)
-    mels: list[Tensor] = []
-    start = 0
-    for length in tqdm(np.load(work / "lengths.npy"), desc="spectrograms", mininterval=10):
-        samples = torch.from_numpy(audio[start : start + length].astype(np.float32) / 32768)
-        samples = F.pad(samples, (0, -len(samples) % STRIDE))
-        mels.append(spectrogram(samples[None])[0, :, :-1].t().half())
-        start += length
-    together = torch.cat(mels)
-    norms = together[::7].float().abs().mean(0)
+    def __init__(self, work: Path) -> None:
+        from TTS.tts.layers.tortoise.arch_utils import TorchMelSpectrogram
+
+        self.audio = np.load(work / "audio.npy", mmap_mode="r")
+        self.lengths = np.load(work / "lengths.npy")
+        self.starts = np.cumsum(self.lengths) - self.lengths
+        self.spectrogram = TorchMelSpectrogram(mel_norm_file=None, sampling_rate=22050)
+
+    def mel(self, row: int) -> np.ndarray:
+        """The spectrogram (T, 80) of a sentence in fp16."""
+        samples = self.audio[self.starts[row] : self.starts[row] + self.lengths[row]]
+        wave = torch.from_numpy(samples.astype(np.float32) / 32768)
+        mel: Tensor = self.spectrogram(F.pad(wave, (0, -len(wave) % STRIDE))[None])[0, :, :-1]
+        return mel.t().half().numpy()
+
+
+def spectrograms(work: Path, processes: int) -> Tensor:
+    """Spectrograms (F, 80) of all sentences, each channel divided by its mean size."""
+    speech = Speech(work)
+    together = torch.from_numpy(
+        np.concatenate(in_processes("spectrograms", speech.mel, len(speech.lengths), processes))
+    )
+    if (work / "norms.pt").exists():
+        norms = torch.load(work / "norms.pt")
+    else:
+        norms = together[::7].float().abs().mean(0)
+        torch.save(norms, work / "norms.pt")
     for part in together.split(100_000):
         part.copy_(part.float() / norms)
     np.save(work / "mels.npy", together.numpy())
-    torch.save(norms, work / "norms.pt")
     return together
+
+
+def in_processes(what: str, function: Callable[[int], np.ndarray], count: int, processes: int) -> list[np.ndarray]:
+    """What a function makes of the numbers below ``count``, in processes that are forked and so know what it knows."""
+    global _function
+    _function = function
+    with get_context("fork").Pool(processes, torch.set_num_threads, (1,)) as pool:
+        return list(tqdm(pool.imap(_call, range(count), 50), what, count, mininterval=10))
+
+
+def _call(number: int) -> np.ndarray:
+    return _function(number)
 
 
 def train(mels: Tensor, *, steps: tuple[int, int], seed: int = 0, batch: int = 32) -> Any:
@@ -124,10 +152,12 @@ def encode(dvae: Any, mel: Tensor) -> np.ndarray:
     return np.array(codes, np.int16)
 
 
-def main(work: Path, steps: tuple[int, int]) -> None:
+def main(work: Path, steps: tuple[int, int], processes: int) -> None:
     """Make spectrograms, tokenizer and codes."""
     start = time.time()
-    mels = torch.from_numpy(np.load(work / "mels.npy")) if (work / "mels.npy").exists() else spectrograms(work)
+    mels = (
+        torch.from_numpy(np.load(work / "mels.npy")) if (work / "mels.npy").exists() else spectrograms(work, processes)
+    )
     if (work / "dvae.pt").exists():
         dvae = make_dvae().eval()
         dvae.load_state_dict(torch.load(work / "dvae.pt"))
@@ -136,7 +166,7 @@ def main(work: Path, steps: tuple[int, int]) -> None:
         torch.save(dvae.state_dict(), work / "dvae.pt")
     sizes = -(-np.load(work / "lengths.npy") // STRIDE)
     parts = mels.split((sizes * FRAMES).tolist())
-    codes = [encode(dvae, part) for part in tqdm(parts, desc="codes", mininterval=10)]
+    codes = in_processes("codes", lambda row: encode(dvae, parts[row]), len(parts), processes)
     np.save(work / "codes.npy", np.concatenate(codes))
     with torch.no_grad():
         pairs = [
@@ -153,5 +183,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--steps", type=int, nargs=2, default=(400, 1500), help="without and with codes")
-    arguments = parser.parse_args()
-    main(arguments.work, tuple(arguments.steps))
+    parser.add_argument("--processes", type=int, default=2)
+    main(**vars(parser.parse_args()))

@@ -1,6 +1,6 @@
 """Sentences of the miniature's world, spoken by espeak-ng in its voices.
 
-    python experiments/miniature/data.py WORK [--sentences 20000]
+    python experiments/miniature/data.py WORK [--sentences 20000] [--processes 2]
 
 Writes WORK/texts.json (a list of [text, voice]), WORK/audio.npy (int16 at 22.05 kHz, one after another) and
 WORK/lengths.npy (samples of each).
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+from multiprocessing import Pool
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -116,16 +117,26 @@ def on_grid(samples: np.ndarray, words: list[int]) -> np.ndarray:
     return np.concatenate(parts).astype(np.int16)
 
 
-def make(work: Path, sentences: int, seed: int = 7) -> None:
+def speak(item: tuple[str, str]) -> np.ndarray:
+    """A text and its voice as speech on the grid, in a process of a pool that `begin` began."""
+    return on_grid(*_espeak.say(*item))
+
+
+def begin() -> None:
+    """Begin a process of a pool: a library that speaks for each."""
+    global _espeak
+    _espeak = Espeak()
+
+
+def make(work: Path, sentences: int, processes: int, seed: int = 7) -> None:
     """Make the data set."""
     work.mkdir(parents=True, exist_ok=True)
     random = Random(seed)
     texts: dict[str, str] = {}
     while len(texts) < sentences:
         texts.setdefault(sentence(random), random.choice(list(VOICES)))
-    espeak = Espeak()
-    said = tqdm(texts.items(), desc="speaking", mininterval=10)
-    spoken = [on_grid(*espeak.say(text, voice)) for text, voice in said]
+    with Pool(processes, begin) as pool:
+        spoken = list(tqdm(pool.imap(speak, texts.items(), 50), "speaking", len(texts), mininterval=10))
     kept = [
         (item, audio)
         for item, audio in zip(texts.items(), spoken, strict=True)
@@ -142,5 +153,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--sentences", type=int, default=20000)
-    arguments = parser.parse_args()
-    make(arguments.work, arguments.sentences)
+    parser.add_argument("--processes", type=int, default=2)
+    make(**vars(parser.parse_args()))

@@ -49,7 +49,7 @@ def export(work: Path, out: Path) -> None:
     model = Xtts(config)
     model.tokenizer = load_tokenizer(work / "vocab.json")
     model.init_models()
-    gpt, vocoder = torch.load(work / "gpt.pt"), torch.load(work / "vocoder.pt")
+    gpt, vocoder = (torch.load(work / name, map_location="cpu") for name in ("gpt.pt", "vocoder.pt"))
     state = model.state_dict()
     state |= {f"gpt.{name}": value for name, value in gpt["gpt"].items() if f"gpt.{name}" in state}
     _copy_sounds(state)

@@ -1,6 +1,6 @@
 """Train coqui-tts's GPT on the sounds of espeak-ng's speech.
 
-    python experiments/miniature/gpt.py WORK [--steps 7500]
+    python experiments/miniature/gpt.py WORK [--steps 7500] [--device cuda --workers 12 --positions 8000]
 
 Reads what data.py and codes.py wrote; writes WORK/vocab.json and, every 250 steps, WORK/gpt.pt. What is there already
 is the start.
@@ -13,10 +13,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,14 +38,30 @@ from model import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 # Of input codes, at most, that are replaced by others, a share of its own for each sentence. With less a model so small
 # continues the codes it has seen and does not listen to its text.
 CORRUPTION = 0.4
-POSITIONS = 1600  # in a batch
 GUIDED = (1, 2)  # layers, from 0, whose first head is shown the text
 SPREAD = 0.08  # of the sentence, by which a token may be said sooner or later than its place among the letters
 REFERENCE = (172, 345)  # frames of a reference recording: 2 to 4 s
+
+
+class Batch(NamedTuple):
+    """Sentences that are learned together, padded."""
+
+    whose: Tensor  # (B,) which of `VOICES` speaks
+    text: Tensor  # (B, T) tokens between start and stop token
+    text_lengths: Tensor  # (B,)
+    places: Tensor  # (B, T) where in the sentence a token is said, from 0 to 1; 9 for padding
+    codes: Tensor  # (B, M) sounds
+    lengths: Tensor  # (B,) sounds of each
+    mels: Tensor  # (sounds of all, FRAMES * 80) in fp16
+
+    def to(self, device: str) -> Batch:
+        """The same on a device."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 @dataclass
@@ -54,7 +71,8 @@ class Data:
     texts: list[str]
     voices: list[str]
     codes: list[Tensor]
-    mels: list[Tensor]
+    starts: np.ndarray  # of the codes of each sentence among those of all
+    mels: np.ndarray  # (codes of all, FRAMES * 80) in fp16, left on the disk
     references: dict[str, Tensor]
     tokenizer: Any
 
@@ -66,19 +84,37 @@ class Data:
             write_vocabulary(work / "vocab.json", texts)
         tokenizer = load_tokenizer(work / "vocab.json")
         lengths = np.load(work / "lengths.npy")
-        sizes = (-(-lengths // STRIDE)).tolist()
-        codes = torch.from_numpy(np.load(work / "codes.npy")).long().split(sizes)
-        mels = torch.from_numpy(np.load(work / "mels.npy")).view(-1, FRAMES * 80).split(sizes)
+        sizes = -(-lengths // STRIDE)
         audio = np.load(work / "audio.npy", mmap_mode="r")
         norms = torch.load(work / "norms.pt")
-        references = {name: _references(audio, lengths, voices, name, norms) for name in VOICES}
         return cls(
             [tokenizer.preprocess_text(text, "en") for text in texts],
             voices,
-            list(codes),
-            list(mels),
-            references,
+            list(torch.from_numpy(np.load(work / "codes.npy")).long().split(sizes.tolist())),
+            np.cumsum(sizes) - sizes,
+            np.load(work / "mels.npy", mmap_mode="r").reshape(-1, FRAMES * 80),
+            {name: _references(audio, lengths, voices, name, norms) for name in VOICES},
             tokenizer,
+        )
+
+    def batch(self, rows: list[int], texts: list[int] | None = None, dropout: float = 0.0) -> Batch:
+        """Sentences together.
+
+        Args:
+            rows: which.
+            texts: rows whose texts are said to be theirs; None for their own.
+            dropout: of merges of the text tokenizer.
+        """
+        tokens = [self.tokens(row, dropout) for row in texts or rows]
+        parts = [(self.starts[row], self.starts[row] + len(self.codes[row])) for row in rows]
+        return Batch(
+            torch.tensor([list(VOICES).index(self.voices[row]) for row in rows]),
+            nn.utils.rnn.pad_sequence([torch.tensor(row) for row in tokens], True, 0),
+            torch.tensor([len(row) for row in tokens]),
+            nn.utils.rnn.pad_sequence([self.places(row) for row in tokens], True, 9.0),
+            nn.utils.rnn.pad_sequence([self.codes[row] for row in rows], True, STOP),
+            torch.tensor([len(self.codes[row]) for row in rows]),
+            torch.from_numpy(np.concatenate([self.mels[start:end] for start, end in parts])),
         )
 
     def tokens(self, row: int, dropout: float = 0.0) -> list[int]:
@@ -91,8 +127,8 @@ class Data:
     def places(self, tokens: list[int]) -> Tensor:
         """Where in a sentence its tokens (T,) are said, from 0 to 1, if every letter takes as long."""
         pieces = [self.tokenizer.tokenizer.id_to_token(token) for token in tokens]
-        sizes = torch.tensor([{"[SPACE]": 1.0}.get(piece, 0.0 if piece[0] == "[" else len(piece)) for piece in pieces])
-        return (sizes.cumsum(0) - sizes / 2) / sizes.sum()
+        sizes = np.array([{"[SPACE]": 1.0}.get(piece, 0.0 if piece[0] == "[" else len(piece)) for piece in pieces])
+        return torch.from_numpy(((sizes.cumsum() - sizes / 2) / sizes.sum()).astype(np.float32))
 
 
 def _references(
@@ -111,8 +147,8 @@ def _references(
     return torch.cat(mels)
 
 
-def batches(data: Data, seed: int, short: float) -> Iterator[list[int]]:
-    """Rows of sentences of about one length, as many as `POSITIONS` holds; first so many batches of short ones."""
+def batches(data: Data, seed: int, short: float, positions: int) -> Iterator[list[int]]:
+    """Rows of sentences of about one length, as many as have so many positions; first so many batches of short ones."""
     random = np.random.default_rng(seed)
     made = 0
     while True:
@@ -124,7 +160,7 @@ def batches(data: Data, seed: int, short: float) -> Iterator[list[int]]:
             batch: list[int] = []
             for row in sorted(some.tolist(), key=lambda row: len(data.codes[row])):
                 size = len(data.codes[row]) + len(data.texts[row]) // 2
-                if batch and (len(batch) + 1) * size > POSITIONS:
+                if batch and (len(batch) + 1) * size > positions:
                     together.append(batch)
                     batch = []
                 batch.append(row)
@@ -133,23 +169,46 @@ def batches(data: Data, seed: int, short: float) -> Iterator[list[int]]:
             yield together[index]
 
 
+class Batches(IterableDataset[Any]):
+    """Batches without end; each of a loader's processes makes its share of them.
+
+    Args:
+        made: calls with the number of a process and how many there are give what this one makes.
+    """
+
+    def __init__(self, made: Callable[[int, int], Iterator[Any]]) -> None:
+        self.made = made
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        return self.made(info.id, info.num_workers) if info else self.made(0, 1)
+
+
+def loader(made: Callable[[int, int], Iterator[Any]], workers: int) -> DataLoader[Any]:
+    """What loads batches in so many processes, or in this one if 0."""
+    return DataLoader(
+        Batches(made), batch_size=None, num_workers=workers, multiprocessing_context="fork" if workers else None
+    )
+
+
 class Trainer:
     """The GPT, and a layer that reads spectrograms off its latents, so that a vocoder finds them there.
 
     Args:
         data: what is learned.
         layers: of the GPT.
-        dropout: of merges of the text tokenizer: the same word comes in different pieces, down to its letters.
         seed: of weights and examples.
+        device: where.
     """
 
-    def __init__(self, data: Data, layers: int, dropout: float, seed: int) -> None:
+    def __init__(self, data: Data, layers: int, seed: int, device: str) -> None:
         torch.manual_seed(seed)
         self.data = data
-        self.dropout = dropout
-        self.gpt = make_gpt(data.tokenizer, layers).train()
+        self.device = device
+        self.references = {name: pool.to(device) for name, pool in data.references.items()}
+        self.gpt = make_gpt(data.tokenizer, layers).train().to(device)
         #: How often a sound (row) is taken for another, as the GPT has predicted so far.
-        self.mistaken = torch.full((SOUNDS + 2, SOUNDS), 1 / SOUNDS)
+        self.mistaken = torch.full((SOUNDS + 2, SOUNDS), 1 / SOUNDS, device=device)
         for module in self.gpt.modules():  # what is corrupted is regularized enough
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -160,38 +219,30 @@ class Trainer:
             attention = self.gpt.gpt.h[number].attn
             attention.c_attn.register_forward_hook(lambda module, args, product: self._products.append(product))
         width = self.gpt.final_norm.weight.numel()
-        self.reader = nn.Linear(2 * width, FRAMES * 80)
+        self.reader = nn.Linear(2 * width, FRAMES * 80).to(device)
 
-    def loss(self, rows: list[int], texts: list[int] | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Cross entropy of sounds, error of spectrograms, error of guided attention, and share of right sounds.
-
-        Args:
-            rows: of sentences.
-            texts: rows whose texts are said to be theirs; None for their own.
-        """
-        data, gpt = self.data, self.gpt
-        tokens = [torch.tensor(data.tokens(row, self.dropout if gpt.training else 0.0)) for row in texts or rows]
-        codes = [data.codes[row] for row in rows]
-        lengths = torch.tensor([len(row) + 1 for row in codes])
-        inputs = nn.utils.rnn.pad_sequence([F.pad(row, (1, 0), value=START) for row in codes], True, STOP)
-        targets = nn.utils.rnn.pad_sequence([F.pad(row, (0, 1), value=STOP) for row in codes], True, STOP)
+    def loss(self, batch: Batch, *, guided: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Cross entropy of sounds, error of spectrograms, error of guided attention or 0, and share of right sounds."""
+        gpt, device = self.gpt, self.device
+        batch = batch.to(device)
+        lengths = batch.lengths + 1
+        inputs = F.pad(batch.codes, (1, 0), value=START)
+        targets = F.pad(batch.codes, (0, 1), value=STOP)
         if gpt.training:
-            wrong = torch.rand(inputs.shape) < torch.rand(len(rows), 1) * CORRUPTION
+            wrong = torch.rand(inputs.shape, device=device) < torch.rand(len(inputs), 1, device=device) * CORRUPTION
             wrong[:, 0] = False
             # Half of them by those that the GPT itself confuses them with, as it will when it hears itself.
             close = torch.multinomial(self.mistaken[inputs.flatten()], 1).view(inputs.shape)
-            others = torch.where(torch.rand(inputs.shape) < 0.5, close, torch.randint(0, SOUNDS, inputs.shape))
+            others = torch.randint(0, SOUNDS, inputs.shape, device=device)
+            others = torch.where(torch.rand(inputs.shape, device=device) < 0.5, close, others)
             inputs = torch.where(wrong & (inputs < START), others, inputs)
         voices = torch.stack([self.voice(name) for name in VOICES])
-        whose = torch.tensor([list(VOICES).index(data.voices[row]) for row in rows])
-        text = nn.utils.rnn.pad_sequence(tokens, True, 0)
         self._products.clear()
-        _, hidden = latents(gpt, voices, whose, text, torch.tensor([len(row) for row in tokens]), inputs, lengths)
-        real = torch.arange(hidden.shape[1]) < lengths[:, None]
+        _, hidden = latents(gpt, voices, batch.whose, batch.text, batch.text_lengths, inputs, lengths)
+        real = torch.arange(hidden.shape[1], device=device) < lengths[:, None]
         logits = gpt.mel_head(hidden[real])
         spoken = real[:, 1:]
         read = self.reader(torch.cat([hidden[:, :-1], hidden[:, 1:]], -1)[spoken])
-        mels = torch.cat([data.mels[row] for row in rows]).float()
         wanted = targets[real]
         right = (logits.argmax(1) == wanted).float().mean()
         if gpt.training:
@@ -199,37 +250,37 @@ class Trainer:
             counts = torch.bincount(wanted, minlength=SOUNDS + 2)[:, None]
             mean = seen / counts.clamp(min=1)
             self.mistaken = torch.where(counts > 0, self.mistaken.lerp(mean, 0.02), self.mistaken)
-        return F.cross_entropy(logits, wanted), F.l1_loss(read, mels), self._astray(tokens, lengths, whose), right
+        astray = self._astray(batch, lengths) if guided else torch.zeros((), device=device)
+        return F.cross_entropy(logits, wanted), F.l1_loss(read, batch.mels.float()), astray, right
 
-    def _astray(self, tokens: list[Tensor], lengths: Tensor, whose: Tensor) -> Tensor:
+    def _astray(self, batch: Batch, lengths: Tensor) -> Tensor:
         """How far the first head of `GUIDED` layers looks from the token that is being said, when a code is drawn.
 
         Without a hint it takes thousands of steps to find out that there is a text to read.
         """
-        size = max(map(len, tokens))
-        places = torch.stack([F.pad(self.data.places(row.tolist()), (0, size - len(row)), value=9.0) for row in tokens])
-        codes = int(lengths.max())
-        now = (torch.arange(codes) + 0.5) / lengths[:, None]  # (B, M)
-        near = torch.exp(-((now[..., None] - places[:, None]) ** 2) / (2 * SPREAD**2))  # (B, M, T)
-        late = torch.arange(codes) > torch.arange(codes)[:, None]  # (M, M)
-        padded = (torch.arange(size) >= torch.tensor([len(row) for row in tokens])[:, None])[:, None]  # (B, 1, T)
+        size, codes = batch.text.shape[1], batch.codes.shape[1] + 1
+        steps = torch.arange(codes, device=self.device)
+        now = (steps + 0.5) / lengths[:, None]  # (B, M)
+        near = torch.exp(-((now[..., None] - batch.places[:, None]) ** 2) / (2 * SPREAD**2))  # (B, M, T)
+        late = steps > steps[:, None]  # (M, M)
+        padded = (torch.arange(size, device=self.device) >= batch.text_lengths[:, None])[:, None]  # (B, 1, T)
         losses = []
         width = self.gpt.final_norm.weight.numel()
         head = width // self.gpt.gpt.config.n_head
         for voices, product in zip(*(self._products[k : k + len(GUIDED)] for k in (0, len(GUIDED))), strict=True):
             query = product[:, size:, :head]
-            key = torch.cat([voices[whose], product], 1)[..., width : width + head]
+            key = torch.cat([voices[batch.whose], product], 1)[..., width : width + head]
             scores = query @ key.transpose(1, 2) / head**0.5  # (B, M, 32 + T + M)
             voice, text, past = scores.split([voices.shape[1], size, codes], -1)
             text = text.masked_fill(padded, -1e4)
             weights = torch.cat([text, voice, past.masked_fill(late, -1e4)], -1).softmax(-1)
             mass = (weights[..., :size] * near).sum(-1)
-            losses.append(-(mass + 1e-3).log()[torch.arange(codes) < lengths[:, None]].mean())
+            losses.append(-(mass + 1e-3).log()[steps < lengths[:, None]].mean())
         return torch.stack(losses).mean()
 
     def voice(self, name: str) -> Tensor:
         """Conditioning latents (32, D) of a recording of a voice: any one in training, else always the same."""
-        pool = self.data.references[name]
+        pool = self.references[name]
         size = int(torch.randint(*REFERENCE, ())) if self.gpt.training else REFERENCE[1]
         number = int(torch.randint(len(pool), ())) if self.gpt.training else 0
         start = int(torch.randint(0, pool.shape[2] - size + 1, ())) if self.gpt.training else 0
@@ -244,7 +295,7 @@ class Trainer:
         figures = []
         for texts in (rows, rows[20:] + rows[:20]):
             parts = [(rows[k : k + 20], texts[k : k + 20]) for k in range(0, HELD_OUT, 20)]
-            figures.append(torch.tensor([self.loss(*part) for part in parts]).mean(0).tolist())
+            figures.append(torch.tensor([self.loss(self.data.batch(*part)) for part in parts]).mean(0).tolist())
         self.gpt.train()
         (own, mel, astray, right), (other, *_) = figures
         words = f"held out: {own:.3f}, {right:.1%} right, spectrogram {mel:.3f}, astray {astray:.3f}"
@@ -268,16 +319,30 @@ def go_on(gpt: Any, saved: dict[str, Tensor]) -> None:
 
 
 def train(
-    work: Path, *, steps: int, rate: float, layers: int, dropout: float, spectrograms: float, guidance: float, seed: int
+    work: Path,
+    *,
+    steps: int,
+    minutes: float | None,
+    rate: float,
+    layers: int,
+    dropout: float,
+    spectrograms: float,
+    guidance: float,
+    seed: int,
+    device: str,
+    workers: int,
+    positions: int,
 ) -> None:
-    """Train for so many steps."""
+    """Train for so many steps, or minutes."""
+    torch.set_float32_matmul_precision("high")
     data = Data.load(work)
-    trainer = Trainer(data, layers, dropout, seed)
+    trainer = Trainer(data, layers, seed, device)
     gpt = trainer.gpt
     if (work / "gpt.pt").exists():
-        saved = torch.load(work / "gpt.pt")
+        saved = torch.load(work / "gpt.pt", map_location=device)
         go_on(gpt, saved["gpt"])
         trainer.reader.load_state_dict(saved["reader"])
+        print(trainer.held_out(), flush=True)
     conditioning = [*gpt.conditioning_encoder.parameters(), *gpt.conditioning_perceiver.parameters()]
     conditioning = [parameter for parameter in conditioning if parameter.requires_grad]
     known = set(map(id, conditioning))
@@ -291,14 +356,19 @@ def train(
         betas=(0.9, 0.96),
         foreach=True,
     )
-    start, mean = time.time(), torch.zeros(4)
     short = 0.0 if (work / "gpt.pt").exists() else 0.1 * steps
-    for step, rows in zip(range(1, steps + 1), batches(data, seed, short), strict=False):
-        share = step / steps
-        factor = min(1, step / 150) * (0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2)
+
+    def made(process: int, processes: int) -> Iterator[Batch]:
+        for rows in islice(batches(data, seed, short, positions), process, None, processes):
+            yield data.batch(rows, dropout=dropout)
+
+    start, mean = time.time(), torch.zeros(4, device=device)
+    for step, batch in enumerate(loader(made, workers), 1):
+        share = (time.time() - start) / 60 / minutes if minutes else step / steps
+        factor = min(1, step / 150) * (0.02 + 0.98 * (1 + math.cos(math.pi * min(1, share))) / 2)
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * factor
-        codes, mels, astray, right = trainer.loss(rows)
+        codes, mels, astray, right = trainer.loss(batch, guided=guidance > 0)
         optimizer.zero_grad()
         (codes + spectrograms * mels + guidance * (1 - share) * astray).backward()
         nn.utils.clip_grad_norm_(conditioning, 0.1)  # by themselves: they explode first
@@ -307,21 +377,27 @@ def train(
         mean = mean.lerp(torch.stack([codes, mels, astray, right]).detach(), 1 / min(step, 50))
         if step % 50 == 0:
             words = "codes {:.3f}, spectrogram {:.3f}, astray {:.3f}, right {:.1%}".format(*mean.tolist())
-            print(f"{step} of {steps}, {(time.time() - start) / 60:.1f} min: {words}", flush=True)
-        if step % 250 == 0 or step == steps:
+            print(f"{step}, {(time.time() - start) / 60:.1f} min: {words}", flush=True)
+        if step % 250 == 0 or share >= 1:
             print(trainer.held_out(), flush=True)
             torch.save({**trainer.state(), "step": step}, work / "gpt.new")
             os.replace(work / "gpt.new", work / "gpt.pt")
+        if share >= 1:
+            break
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--steps", type=int, default=7500)
+    parser.add_argument("--minutes", type=float, help="to train for, however many steps that are")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="of learning, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=ARGS["gpt_layers"], help="no fewer than what is there has")
     parser.add_argument("--dropout", type=float, default=0.15, help="of merges of the text tokenizer")
     parser.add_argument("--spectrograms", type=float, default=0.5, help="what their error weighs")
     parser.add_argument("--guidance", type=float, default=0.3, help="what it weighs to look astray, at first")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make batches")
+    parser.add_argument("--positions", type=int, default=1600, help="of a batch")
     train(**vars(parser.parse_args()))

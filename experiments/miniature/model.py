@@ -138,7 +138,7 @@ def latents(
     """
 
     def mask(length: Tensor, size: int) -> Tensor:
-        return torch.arange(size) < length[:, None]
+        return torch.arange(size, device=length.device) < length[:, None]
 
     past = gpt.gpt(inputs_embeds=voices, use_cache=True).past_key_values
     for layer in past.layers:
@@ -147,7 +147,8 @@ def latents(
         gpt.text_embedding(texts) + gpt.text_pos_embedding(texts),
         gpt.mel_embedding(codes) + gpt.mel_pos_embedding(codes),
     ]
-    seen = [torch.ones(len(whose), voices.shape[1], dtype=torch.bool), mask(text_lengths, texts.shape[1])]
+    heard = torch.ones(len(whose), voices.shape[1], dtype=torch.bool, device=whose.device)
+    seen = [heard, mask(text_lengths, texts.shape[1])]
     made = gpt.gpt(
         inputs_embeds=torch.cat(embeds, 1),
         attention_mask=torch.cat([*seen, mask(lengths, codes.shape[1])], 1),

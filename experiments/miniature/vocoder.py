@@ -1,6 +1,6 @@
 """Train coqui-tts's HifiDecoder to speak the latents of the trained GPT.
 
-    python experiments/miniature/vocoder.py WORK [--steps 2500]
+    python experiments/miniature/vocoder.py WORK [--steps 2500] [--device cuda --workers 12 --batch 32]
 
 Reads what data.py, codes.py and gpt.py wrote; writes WORK/vocoder.pt every 200 steps. What is there already is the
 start. It follows WORK/gpt.pt while gpt.py still trains beside it.
@@ -12,6 +12,7 @@ import argparse
 import math
 import os
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ import numpy as np
 import torch
 import torchaudio
 from data import HELD_OUT, RATE, VOICES
-from gpt import Data
-from model import SOUNDS, START, STRIDE, VOCODER_CHANNELS, VOCODER_HIDDEN, latents, layers_of, make_gpt
+from gpt import Batch, Data, loader
+from model import SOUNDS, START, STOP, STRIDE, VOCODER_CHANNELS, VOCODER_HIDDEN, latents, layers_of, make_gpt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,14 +35,17 @@ RESOLUTIONS = ((2048, 300), (1024, 170), (512, 90), (256, 50), (128, 30))  # win
 class Speech:
     """Latents of the GPT, teacher-forced, and the audio that they stand for."""
 
-    def __init__(self, work: Path, seed: int) -> None:
+    def __init__(self, work: Path, seed: int, device: str) -> None:
         self.path = work / "gpt.pt"
         self.data = Data.load(work)
+        self.references = {name: pool.to(device) for name, pool in self.data.references.items()}
         self.audio = np.load(work / "audio.npy", mmap_mode="r")
         self.starts = np.concatenate([[0], np.cumsum(np.load(work / "lengths.npy"))])
-        self.gpt = make_gpt(self.data.tokenizer, layers_of(torch.load(self.path)["gpt"])).eval()
+        self.gpt = make_gpt(self.data.tokenizer, layers_of(torch.load(self.path, map_location="cpu")["gpt"])).eval()
+        self.gpt.to(device)
         self.random = np.random.default_rng(seed)
-        self.upsample = torchaudio.transforms.Resample(RATE, OUTPUT_RATE)
+        self.upsample = torchaudio.transforms.Resample(RATE, OUTPUT_RATE).to(device)
+        self.seed, self.device = seed, device
         self.changed = 0.0
         self.step = 0
 
@@ -50,47 +54,45 @@ class Speech:
         """Read the GPT again if it has been trained on, and take other recordings of its voices."""
         if os.path.getmtime(self.path) != self.changed:
             self.changed = os.path.getmtime(self.path)
-            saved = torch.load(self.path)
+            saved = torch.load(self.path, map_location=self.device)
             self.gpt.load_state_dict(saved["gpt"])
             self.step = saved["step"]
         self.voices = torch.cat([self._voice(name) for name in VOICES])  # four of each
 
     def _voice(self, name: str) -> Tensor:
-        pool = self.data.references[name]
+        pool = self.references[name]
         some = pool[self.random.integers(0, len(pool), 4).tolist()]
         return self.gpt.get_style_emb(some[..., : self.random.integers(172, 346)]).transpose(1, 2)
 
+    def sentences(self, count: int, process: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        """Without end: ``count`` sentences, at which code (B,) an example of each begins, its audio (B, N)."""
+        random, data = np.random.default_rng([self.seed, process]), self.data
+        rows = [row for row in range(len(data.texts) - HELD_OUT) if len(data.codes[row]) >= SEGMENT]
+        while True:
+            some = random.choice(rows, count).tolist()
+            # The ends of sentences are short and need as much care as all the rest.
+            lasts = [len(data.codes[row]) + 1 - SEGMENT for row in some]
+            starts = [last if random.random() < 0.1 else int(random.integers(0, last + 1)) for last in lasts]
+            audio = torch.stack([self._audio(row, start) for row, start in zip(some, starts, strict=True)])
+            yield data.batch(some), torch.tensor(starts), audio
+
     @torch.no_grad()
-    def examples(self, count: int) -> tuple[Tensor, Tensor]:
-        """Latents (count, D, SEGMENT) and audio (count, SAMPLES) at 24 kHz."""
-        data = self.data
-        rows: list[int] = []
-        while len(rows) < count:
-            row = int(self.random.integers(0, len(data.texts) - HELD_OUT))
-            if len(data.codes[row]) >= SEGMENT:
-                rows.append(row)
-        tokens = [torch.tensor(data.tokens(row)) for row in rows]
-        lengths = torch.tensor([len(data.codes[row]) + 1 for row in rows])
-        codes = nn.utils.rnn.pad_sequence([F.pad(data.codes[row], (1, 0), value=START) for row in rows], True)
-        voices = torch.tensor([4 * list(VOICES).index(data.voices[row]) for row in rows])
-        voices += torch.from_numpy(self.random.integers(0, 4, count))
-        text = nn.utils.rnn.pad_sequence(tokens, True)
-        text_lengths = torch.tensor([len(row) for row in tokens])
+    def examples(self, batch: Batch, starts: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents (B, D, SEGMENT) and audio (B, SAMPLES) at 24 kHz."""
+        batch, starts, audio = (part.to(self.device) for part in (batch, starts, audio))
+        lengths = batch.lengths + 1
+        codes = F.pad(batch.codes, (1, 0), value=START)
+        voices = 4 * batch.whose + torch.randint(0, 4, batch.whose.shape, device=self.device)
         # Every other sentence has codes that the GPT draws, as every sentence will have in the end.
-        others = (part[1::2] for part in (voices, text, text_lengths, codes, lengths))
+        others = (part[1::2] for part in (voices, batch.text, batch.text_lengths, codes, lengths))
         _, hidden = latents(self.gpt, self.voices, *others)
         logits = self.gpt.mel_head(hidden[:, :-1])[..., :SOUNDS] / 0.5
         drawn = torch.multinomial(logits.flatten(0, 1).softmax(1), 1).view(logits.shape[:2])
-        codes[1::2, 1:] = drawn
-        _, hidden = latents(self.gpt, self.voices, voices, text, text_lengths, codes, lengths)
-        segments, audio = [], []
-        for row, length, whole in zip(rows, lengths.tolist(), hidden, strict=True):
-            # The ends of sentences are short and need as much care as all the rest.
-            last = length - SEGMENT
-            start = last if self.random.random() < 0.1 else int(self.random.integers(0, last + 1))
-            segments.append(whole[start : start + SEGMENT].t())
-            audio.append(self._audio(row, start))
-        return torch.stack(segments), self.upsample(torch.stack(audio))[:, :SAMPLES]
+        codes[1::2, 1:] = torch.where(codes[1::2, 1:] == STOP, STOP, drawn)
+        _, hidden = latents(self.gpt, self.voices, voices, batch.text, batch.text_lengths, codes, lengths)
+        places = starts[:, None] + torch.arange(SEGMENT, device=self.device)
+        segments = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[2])).transpose(1, 2)
+        return segments, self.upsample(audio)[:, :SAMPLES]
 
     def _audio(self, row: int, start: int) -> Tensor:
         """Samples at 22.05 kHz of a sentence from a code on, a few more than a segment has."""
@@ -103,16 +105,16 @@ class Speech:
 class Distance(nn.Module):
     """How far speech is from other speech, by its spectrograms."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         super().__init__()
-        self.windows = {size: torch.hann_window(size) for size, _ in RESOLUTIONS}
+        self.windows = {size: torch.hann_window(size, device=device) for size, _ in RESOLUTIONS}
         self.mel = torchaudio.transforms.MelSpectrogram(
             OUTPUT_RATE, 1024, 1024, 256, n_mels=100, f_max=12000, power=1, norm="slaney"
-        )
+        ).to(device)
 
     def forward(self, made: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """The whole distance, and that of log mel spectrograms alone."""
-        total = torch.zeros(())
+        total = torch.zeros((), device=made.device)
         for size, hop in RESOLUTIONS:
             a, b = (
                 torch.stft(x, size, hop, window=self.windows[size], return_complex=True).abs() for x in (made, real)
@@ -182,27 +184,41 @@ def go_on(network: Any, saved: dict[str, Tensor]) -> None:
     network.load_state_dict(state)
 
 
-def train(work: Path, *, steps: int, rate: float, hidden: int, seed: int, batch: int = 4) -> None:
-    """Train for so many steps of ``batch`` segments."""
+def train(
+    work: Path,
+    *,
+    steps: int,
+    minutes: float | None,
+    rate: float,
+    hidden: int,
+    seed: int,
+    device: str,
+    workers: int,
+    batch: int,
+) -> None:
+    """Train for so many steps of ``batch`` segments, or minutes."""
     torch.manual_seed(seed)
-    speech, distance = Speech(work, seed), Distance()
+    torch.set_float32_matmul_precision("high")
+    speech, distance = Speech(work, seed, device), Distance(device)
     network, speaker = make_vocoder(speech.gpt.final_norm.weight.numel(), hidden)
-    flatten(network)
+    network.to(device)
+    if device == "cpu":
+        flatten(network)
     optimizer = torch.optim.AdamW(network.parameters(), betas=(0.8, 0.99), weight_decay=0.0, foreach=True)
     if (work / "vocoder.pt").exists():
-        saved = torch.load(work / "vocoder.pt")
+        saved = torch.load(work / "vocoder.pt", map_location=device)
         go_on(network, saved["network"])
-        if saved["network"]["conv_pre.bias"].shape == network.conv_pre.bias.shape:
+        if "optimizer" in saved and saved["network"]["conv_pre.bias"].shape == network.conv_pre.bias.shape:
             optimizer.load_state_dict(saved["optimizer"])
-    start, mean = time.time(), torch.zeros(2)
-    for step in range(1, steps + 1):
+    start, mean = time.time(), torch.zeros(2, device=device)
+    for step, sentences in enumerate(loader(lambda process, _: speech.sentences(batch, process), workers), 1):
         if step % 100 == 1:
             speech.refresh()
-        share = step / steps
+        share = min(1, (time.time() - start) / 60 / minutes if minutes else step / steps)
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, step / 50) * (0.03 + 0.97 * (1 + math.cos(math.pi * share)) / 2)
-        segments, real = speech.examples(batch)
-        made = network(upsampled(segments), g=speaker)[:, 0]
+        segments, real = speech.examples(*sentences)
+        made = network(upsampled(segments), g=speaker.to(device))[:, 0]
         loss, mel = distance(made[:, : real.shape[1]], real)
         optimizer.zero_grad()
         loss.backward()
@@ -212,10 +228,10 @@ def train(work: Path, *, steps: int, rate: float, hidden: int, seed: int, batch:
         if step % 50 == 0:
             words = "distance {:.3f}, of log mels {:.3f}".format(*mean.tolist())
             print(
-                f"{step} of {steps}, {(time.time() - start) / 60:.1f} min: {words}; GPT of step {speech.step}",
+                f"{step}, {(time.time() - start) / 60:.1f} min: {words}; GPT of step {speech.step}",
                 flush=True,
             )
-        if step % 200 == 0 or step == steps:
+        if step % 200 == 0 or share >= 1:
             saved = {
                 "network": network.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -224,13 +240,19 @@ def train(work: Path, *, steps: int, rate: float, hidden: int, seed: int, batch:
             }
             torch.save(saved, work / "vocoder.new")
             os.replace(work / "vocoder.new", work / "vocoder.pt")
+        if share >= 1:
+            break
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--minutes", type=float, help="to train for, however many steps that are")
     parser.add_argument("--rate", type=float, default=1.2e-3, help="of learning, at most")
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--hidden", type=int, default=VOCODER_HIDDEN, help="channels in front of the first stage")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make batches")
+    parser.add_argument("--batch", type=int, default=4, help="segments of a step")
     train(**vars(parser.parse_args()))
