@@ -192,30 +192,6 @@ class Decode(Graph):
             x = self.trunk.rest(block, x, self.operators.attention(q, keys, values, mask))
         return self.outputs(x)
 
-    def arrange(
-        self, embeds: Tensor, slots: Sequence[int], positions: Sequence[int], width: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What `forward` takes if some slots step: what a row that waits writes, it writes again before it is seen.
-
-        Args:
-            embeds: (R, 1, D) of the rows that step.
-            slots: of these rows.
-            positions: of every slot, B.
-            width: positions that the step may see.
-
-        Returns:
-            embeds (B, 1, D), positions (B,) and mask (B, 1, 1, width).
-        """
-        if list(slots) != list(range(len(positions))):
-            spread = embeds.new_zeros(len(positions), *embeds.shape[1:])
-            spread[slots] = embeds
-            embeds = spread
-        at = torch.tensor(positions, dtype=torch.int32)
-        mask = torch.zeros(len(positions), 1, 1, width)
-        if min(positions) + 1 < width:
-            mask.masked_fill_(torch.arange(width) > at.view(-1, 1, 1, 1), MASKED)
-        return embeds, at, mask
-
     def outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Latents (B, D) and logits (B, V) of the last block's output (B, 1, D)."""
         latents = self.trunk.latents(x)[:, 0]
@@ -239,6 +215,31 @@ class Decode(Graph):
     def in_bucket(self, *bucket: int) -> nn.Module:
         """A step that holds the cache among its parameters."""
         return StatefulDecode(self, *bucket)
+
+
+def arrange(
+    embeds: Tensor, slots: Sequence[int], positions: Sequence[int], width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `Decode` takes if some slots step: what a row that waits writes, it writes again before it is seen.
+
+    Args:
+        embeds: (R, 1, D) of the rows that step.
+        slots: of these rows.
+        positions: of every slot, B.
+        width: positions that the step may see.
+
+    Returns:
+        embeds (B, 1, D), positions (B,) and mask (B, 1, 1, width).
+    """
+    if list(slots) != list(range(len(positions))):
+        spread = embeds.new_zeros(len(positions), *embeds.shape[1:])
+        spread[slots] = embeds
+        embeds = spread
+    at = torch.tensor(positions, dtype=torch.int32)
+    mask = torch.zeros(len(positions), 1, 1, width)
+    if min(positions) + 1 < width:
+        mask.masked_fill_(torch.arange(width) > at.view(-1, 1, 1, 1), MASKED)
+    return embeds, at, mask
 
 
 class StatefulDecode(nn.Module):

@@ -19,7 +19,7 @@ from neuron_xtts.buckets import Bucket, BucketPlan
 from neuron_xtts.coqui.sample import Sample
 from neuron_xtts.errors import Fallback
 from neuron_xtts.graphs.operators import Graph
-from neuron_xtts.graphs.transformer import Decode, KeysAndValues, Trunk
+from neuron_xtts.graphs.transformer import Decode, KeysAndValues, Trunk, arrange
 from neuron_xtts.graphs.vocoder import Vocoder, halo_of
 from neuron_xtts.precision import HOST, HostPrecision
 
@@ -143,7 +143,7 @@ class HostState:
     def step(self, embeds: Tensor, slots: Sequence[int], positions: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
         """See `DecodeState.step`."""
         cache = self._data[:, :, :, :width].unbind(0)
-        embeds, at, mask = self._decode.arrange(embeds, slots, positions, width)
+        embeds, at, mask = arrange(embeds, slots, positions, width)
         latents, logits = self._decode(embeds, at, mask if mask.any() else None, *cache)
         return latents[slots], logits[slots]
 

@@ -22,7 +22,7 @@ from neuron_xtts.coqui.hooks import check_unhooked
 from neuron_xtts.coqui.weights import Digester, stamp, tensors_of
 from neuron_xtts.errors import ArtifactError, Fallback, describe
 from neuron_xtts.graphs.operators import Graph
-from neuron_xtts.graphs.transformer import OUTPUTS, Decode, KeysAndValues
+from neuron_xtts.graphs.transformer import OUTPUTS, Decode, KeysAndValues, arrange
 from neuron_xtts.precision import Precision
 
 logger = logging.getLogger(__name__)
@@ -298,7 +298,7 @@ class NeuronState:
             self._graph.write(list(self._on_host))
             self._on_host = None
         self._check_owner()
-        inputs = self._decode.arrange(embeds, slots, positions, width)
+        inputs = arrange(embeds, slots, positions, width)
         latents, logits, *_ = self._backend.call("decode", self._bucket, *inputs)
         self._length = max(self._length, max(positions) + 1)
         return latents[slots], logits[slots]
