@@ -297,3 +297,11 @@ def test_changed_weights():
     inputs = torch.randn(1, 1, 16), [0], [at]
     for ours, expected in zip(*(step(state, *inputs) for state in pair), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_tried_draws_nothing():
+    """What kernels do with rows is found out in the midst of somebody's codes."""
+    kernels._group.cache_clear()
+    before = torch.get_rng_state()
+    assert kernels._group(64, 30, torch.get_num_threads()) >= 1
+    assert torch.equal(torch.get_rng_state(), before)

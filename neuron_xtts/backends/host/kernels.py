@@ -92,8 +92,10 @@ def _group(channels_in: int, channels_out: int, threads: int) -> int:
     """How many rows a product of a linear layer takes so that a row's place is nothing to its result."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        module = nn.Linear(channels_in, channels_out)
+        # Not initialized, which would draw from torch's global generator in the midst of somebody's codes.
+        module = nn.utils.skip_init(nn.Linear, channels_in, channels_out)  # type: ignore[no-untyped-call]
         module.weight.normal_(generator=generator)
+        module.bias.zero_()
         row = torch.randn(1, channels_in, generator=generator)
         for size in (4, 8, 16, 2):
             places = linear(module, row.expand(size, -1).contiguous())
