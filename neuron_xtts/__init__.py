@@ -1,6 +1,6 @@
 """Run coqui-tts's XTTS v2 on AWS Neuron, or faster on the host CPU, without editing coqui-tts."""
 
-from neuron_xtts.api import compile, is_patched, patch, patched, report, unpatch
+from neuron_xtts.api import compile, is_patched, patch, patched, report, speak_many, unpatch
 from neuron_xtts.buckets import BucketPlan
 from neuron_xtts.errors import (
     ArtifactError,
@@ -9,6 +9,7 @@ from neuron_xtts.errors import (
     ModelNotReadyError,
     NeuronMissingError,
     NeuronXttsError,
+    QueueFullError,
     UnsupportedVersionError,
 )
 from neuron_xtts.precision import Precision
@@ -24,6 +25,7 @@ __all__ = [
     "NeuronMissingError",
     "NeuronXttsError",
     "Precision",
+    "QueueFullError",
     "Report",
     "UnsupportedVersionError",
     "__version__",
@@ -32,5 +34,6 @@ __all__ = [
     "patch",
     "patched",
     "report",
+    "speak_many",
     "unpatch",
 ]

@@ -1,16 +1,16 @@
-"""The public verbs: patch, unpatch, patched, compile, report, is_patched."""
+"""The public verbs: patch, unpatch, patched, compile, speak_many, report, is_patched."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from neuron_xtts.buckets import BucketPlan
 from neuron_xtts.coqui.find import check_ready, check_versions, find_xtts
-from neuron_xtts.options import VOICES, Options
+from neuron_xtts.options import QUEUE, VOICES, Options
 from neuron_xtts.precision import Precision
 from neuron_xtts.report import Report
 
@@ -30,6 +30,7 @@ def patch(
     store: PathLike | None = None,
     strict: bool = False,
     voice_cache: int = VOICES,
+    queue: int = QUEUE,
 ) -> Model:
     """Route the expensive calls of a coqui-tts XTTS model to graphs. Undone by `unpatch`.
 
@@ -47,6 +48,8 @@ def patch(
         store: folder of the compiled graphs; by default what NEURON_XTTS_CACHE names, else the user's cache folder.
         strict: raise `FallbackError` where a call would fall back to coqui-tts.
         voice_cache: how many voices to remember, by the content of their recordings; 0 to compute each at every call.
+        queue: how many calls of other threads may wait while as many rows decode as ``buckets.slots`` lets; one more
+            raises `QueueFullError`.
 
     Returns:
         ``model``.
@@ -65,9 +68,11 @@ def patch(
     options = Options.make(backend, precision, buckets, store, to_run=True)
     if type(voice_cache) is not int or voice_cache < 0:
         raise ValueError(f"voice_cache={voice_cache!r}; expected how many voices to remember, or 0 for none")
+    if type(queue) is not int or queue < 0:
+        raise ValueError(f"queue={queue!r}; expected how many calls may wait, or 0 for none")
     check_ready(xtts)
     remove(xtts)
-    install(xtts, options, strict=strict, voice_cache=voice_cache)
+    install(xtts, options, strict=strict, voice_cache=voice_cache, queue=queue)
     return model
 
 
@@ -179,6 +184,35 @@ def is_patched(model: object) -> bool:
     xtts = find_xtts(model)
     found = find_patch(xtts)
     return found is not None and len(found.gone(xtts)) < found.installed
+
+
+def speak_many(
+    model: object, texts: Iterable[str], *, seed: int | None = None, progress: bool = True, **options: Any
+) -> Iterator[Any]:
+    """Say many texts at once, as many as the patch has slots for; what is said comes in the order of the texts.
+
+    No more than twice as many texts as there are slots are begun before the first of them is taken, so that ``texts``
+    may be an iterator of any length. Closing the iterator ends what runs.
+
+    Args:
+        model: as for `patch`, patched.
+        texts: that are said.
+        seed: of the first text; of each further one it is one more. None: codes are drawn from generators that nobody
+            chose.
+        progress: show a bar.
+        options: of every call: of ``tts`` of a ``TTS`` or ``Synthesizer``, of ``synthesize`` of an ``Xtts``.
+
+    Returns:
+        an iterator of what that method returns for each text, samples at 24 kHz; where a text raised, it raises the
+        same in its place, and the texts behind it are not said.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    from neuron_xtts import speaking
+
+    speaking.patch_of(model)
+    return speaking.speak_many(model, texts, seed=seed, progress=progress, options=options)
 
 
 def report(model: object) -> Report:

@@ -29,6 +29,16 @@ class ArtifactError(NeuronXttsError, RuntimeError):
     """A compiled graph in the store cannot be used."""
 
 
+class QueueFullError(NeuronXttsError, RuntimeError):
+    """As many calls decode and wait as may."""
+
+    def __init__(self, slots: int, queue: int) -> None:
+        super().__init__(
+            f"{slots} rows decode and as many calls wait as may, {queue}. Call again later, or let more of them wait: "
+            "patch(model, queue=...)"
+        )
+
+
 class FallbackError(NeuronXttsError, RuntimeError):
     """Raised with ``strict=True`` where a route would have fallen back to coqui-tts.
 

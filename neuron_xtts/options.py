@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 #: How many voices `patch` remembers unless told otherwise; each takes about 130 KB. A choice of ours.
 VOICES = 16
 
+#: How many calls may wait unless told otherwise: four batches of the host's. A choice of ours.
+QUEUE = 64
+
 
 class PatchOptions(TypedDict, total=False):
     """Keyword arguments of `neuron_xtts.patch` that say where and how graphs run; they are described there."""

@@ -58,12 +58,41 @@ class GraphCounts:
         return 1 - self.used / self.padded if self.padded else 0.0
 
 
+@dataclass
+class BatchCounts:
+    """The rows that decode together.
+
+    Attributes:
+        slots: rows that may.
+        decoding: rows that have a slot now.
+        waiting: calls that wait for slots now.
+        steps: decode steps, by how many rows they had.
+        calls: that got slots.
+        seconds: that those waited, from being made to their prefill.
+        longest: seconds that one of them waited.
+    """
+
+    slots: int = 0
+    decoding: int = 0
+    waiting: int = 0
+    steps: Counter[int] = field(default_factory=Counter)
+    calls: int = 0
+    seconds: float = 0.0
+    longest: float = 0.0
+
+    def waited(self, seconds: float) -> None:
+        """Count a call that got slots."""
+        self.calls += 1
+        self.seconds += seconds
+        self.longest = max(self.longest, seconds)
+
+
 class CallCounters:
     """What became of the calls of one patched model, by route. Threads may count and read at the same time."""
 
     def __init__(self) -> None:
         self._routes: dict[str, RouteCounts] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a stream that is collected anywhere is counted, too
 
     def served(self, route: str, *, handed_over: bool = False) -> None:
         """Count a call that did not fall back, and whether its result was already there."""
@@ -98,7 +127,7 @@ class RunCounters:
 
     def __init__(self) -> None:
         self._graphs: dict[str, dict[str, GraphCounts]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a stream that is collected anywhere is counted, too
 
     def count(self, graph: str, bucket: str, seconds: float, used: int, padded: int) -> None:
         """Count a run of a graph in a bucket, with what `GraphCounts` keeps of it."""
@@ -125,6 +154,7 @@ class Report:
         buckets: the bucket plan; None in it means exact shapes.
         routes: the counts of each route.
         graphs: the counts of each graph by bucket, such as ``graphs["decode"]["1x512"]``.
+        batch: of the rows that decode together.
         missing: graphs that cannot be had for this model, and buckets of others, such as ``decode 1x512``, each with
             the reason.
         copied: bytes of weights that graphs keep in the host's memory beside the model's own.
@@ -136,6 +166,7 @@ class Report:
     buckets: dict[str, Any] = field(default_factory=dict)
     routes: dict[str, RouteCounts] = field(default_factory=dict)
     graphs: dict[str, dict[str, GraphCounts]] = field(default_factory=dict)
+    batch: BatchCounts = field(default_factory=BatchCounts)
     missing: dict[str, str] = field(default_factory=dict)
     copied: int = 0
     gone: list[str] = field(default_factory=list)
@@ -145,6 +176,7 @@ class Report:
         data = asdict(self)
         for name, route in self.routes.items():
             data["routes"][name] |= {"calls": route.calls, "fallbacks": dict(route.fallbacks)}
+        data["batch"]["steps"] = dict(self.batch.steps)
         for name, buckets in self.graphs.items():
             for bucket, counts in buckets.items():
                 data["graphs"][name][bucket]["waste"] = counts.waste
@@ -190,3 +222,13 @@ class Report:
         ]
         if runs:
             yield ("graph", "bucket", "runs", "seconds", "ms per run", "padding"), runs
+        if self.batch.steps.keys() - {1} or self.batch.waiting:
+            steps = ", ".join(f"{count} of {rows}" for rows, count in sorted(self.batch.steps.items()))
+            yield (
+                ("slots", "decoding", "waiting", "steps of rows", "calls", "waited, mean", "longest"),
+                [
+                    (str(self.batch.slots), str(self.batch.decoding), str(self.batch.waiting), steps,
+                     str(self.batch.calls), f"{self.batch.seconds / max(self.batch.calls, 1):.3f} s",
+                     f"{self.batch.longest:.3f} s")
+                ],
+            )  # fmt: skip

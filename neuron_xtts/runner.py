@@ -1,22 +1,25 @@
-"""The runner: what runs graphs in buckets, and counts the runs."""
+"""The runner: what runs graphs in buckets, one at a time, and counts the runs."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from torch import Tensor
 
 from neuron_xtts.backends import Backend, DecodeState
 from neuron_xtts.buckets import Bucket, BucketPlan, Buckets, bucket_name
+from neuron_xtts.coqui.hooks import is_hooked
 from neuron_xtts.coqui.recognise import RECOGNISERS, make_graphs
 from neuron_xtts.coqui.surface import Networks
+from neuron_xtts.coqui.weights import stamp, tensors_of
 from neuron_xtts.errors import Fallback
 from neuron_xtts.graphs.catalogue import CATALOGUE
 from neuron_xtts.graphs.operators import Graph
 from neuron_xtts.graphs.vocoder import halo_of
 from neuron_xtts.report import RunCounters
+from neuron_xtts.turns import Turns
 
 
 class Runner:
@@ -25,6 +28,7 @@ class Runner:
     Args:
         networks: of the model.
         make_backend: makes the backend of the graphs, which it is given by name.
+        turns: of the threads that compute with the model.
 
     Attributes:
         networks: of the model.
@@ -32,11 +36,15 @@ class Runner:
         backend: where the graphs run.
         buckets: the sizes that are to be had.
         counters: of runs.
+        turns: likewise.
     """
 
-    def __init__(self, networks: Networks, make_backend: Callable[[Mapping[str, Graph]], Backend]) -> None:
+    def __init__(
+        self, networks: Networks, make_backend: Callable[[Mapping[str, Graph]], Backend], turns: Turns
+    ) -> None:
         self.networks = networks
         graphs, self._unfit = make_graphs(networks)
+        self._graphs = graphs
         self.halo = halo_of(graphs.values())
         self.backend = make_backend(graphs)
         try:
@@ -46,6 +54,7 @@ class Runner:
             raise
         self.buckets = Buckets(self.backend.plan, self.backend.unavailable)
         self.counters = RunCounters()
+        self.turns = turns
         families = {CATALOGUE[name].family for name in graphs}
         self._made_of = {family: RECOGNISERS[family].made_of(networks) for family in families}
 
@@ -59,7 +68,13 @@ class Runner:
             family = CATALOGUE[graph].family
             if not RECOGNISERS[family].still_made_of(self._made_of[family], self.networks):
                 raise Fallback("the model's modules were replaced after patch()")
-            self.backend.check(graph)
+            self.backend.check(graph, self.turns.take)
+
+    def identity(self, graph: str) -> Hashable:
+        """What the results of a graph depend on beside its inputs: modules, their hooks and weights."""
+        module = self._graphs[graph]
+        modules = list(module.modules())
+        return tuple(map(id, modules)), tuple(map(is_hooked, modules)), stamp(tensors_of(module))
 
     def check_state(self, graph: str) -> None:
         """Raise `Fallback` where the model is in a state in which it computes something else than a graph."""
@@ -67,9 +82,10 @@ class Runner:
 
     def run(self, graph: str, bucket: Bucket, used: int, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         """Run a graph of one dimension on inputs that fill ``bucket``, of which ``used`` is not padding."""
-        start = time.perf_counter()
-        outputs = self.backend.run(graph, bucket, *inputs)
-        self._count(graph, bucket, start, used)
+        with self.turns.take():
+            start = time.perf_counter()
+            outputs = self.backend.run(graph, bucket, *inputs)
+            self._count(graph, bucket, start, used)
         return outputs
 
     def new_state(self, slots: int, capacity: int) -> DecodeState:
@@ -82,7 +98,8 @@ class Runner:
         """Run a decode step in a bucket; see `DecodeState.step`."""
         start = time.perf_counter()
         outputs = state.step(embeds, slots, positions, bucket[1])
-        self._count("decode", bucket, start, sum(positions[slot] + 1 for slot in slots))
+        used = sum(positions[slot] + 1 for slot in slots)
+        self._count("decode", bucket, start, used, used if None in self.buckets.plan.dimensions("decode") else None)
         return outputs
 
     def missing(self) -> dict[str, str]:
@@ -90,9 +107,9 @@ class Runner:
         unavailable = list(self.backend.unavailable.items())  # it may grow meanwhile
         return self._unfit | {f"{graph} {bucket_name(bucket)}": reason for (graph, bucket), reason in unavailable}
 
-    def _count(self, graph: str, bucket: Bucket, start: float, used: int) -> None:
+    def _count(self, graph: str, bucket: Bucket, start: float, used: int, padded: int | None = None) -> None:
         name = self.buckets.name(graph, bucket)
-        self.counters.count(graph, name, time.perf_counter() - start, used, math.prod(bucket))
+        self.counters.count(graph, name, time.perf_counter() - start, used, padded or math.prod(bucket))
 
 
 def check_windows(plan: BucketPlan, halo: int) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from neuron_xtts.buckets import Bucket, BucketPlan
 from neuron_xtts.graphs.transformer import KeysAndValues
+
+Exclusive = Callable[[], AbstractContextManager[object]]
 
 
 class DecodeState(Protocol):
@@ -19,13 +22,25 @@ class DecodeState(Protocol):
         """How many positions it holds per slot."""
 
     def fill(self, slot: int, cache: KeysAndValues, length: int) -> None:
-        """Write the first ``length`` positions of prefill's keys and values (1, H, L, K) into a slot.
+        """Write the first ``length`` positions of prefill's keys and values (1, H, L, K) into a slot."""
 
-        On Neuron only before the first step.
+    def grow(self, slots: int, capacity: int, positions: Sequence[int]) -> None:
+        """Hold at least as many slots and positions as a bucket has, from now on.
+
+        Args:
+            slots: of the bucket.
+            capacity: its positions.
+            positions: of every slot, how many of them are kept.
         """
 
-    def grow(self, capacity: int) -> None:
-        """Hold at least ``capacity`` positions, those of a bucket, from now on, keeping what is there."""
+    def lift(self, slot: int, length: int) -> Any:
+        """The first ``length`` positions of a slot, as they are; for `put`."""
+
+    def put(self, slot: int, lifted: Any, length: int) -> None:
+        """Write what was lifted into a slot, bit for bit."""
+
+    def clear(self, slot: int, length: int) -> None:
+        """Put zeros into the first ``length`` positions of a slot."""
 
     def step(self, embeds: Tensor, slots: Sequence[int], positions: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
         """Run one decode step of some rows; the others stay as they are.
@@ -63,8 +78,13 @@ class Backend(Protocol):
     def copied(self) -> int:
         """Bytes of weights that it keeps in the host's memory beside the model's."""
 
-    def check(self, graph: str) -> None:
-        """Raise `Fallback` if the graph would not compute what the model computes now."""
+    def check(self, graph: str, exclusive: Exclusive = nullcontext) -> None:
+        """Raise `Fallback` if the graph would not compute what the model computes now.
+
+        Args:
+            graph: its name.
+            exclusive: what is entered before anything that may be in use is changed.
+        """
 
     def run(self, graph: str, bucket: Bucket, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         """Run a graph other than decode on inputs that fill a bucket."""

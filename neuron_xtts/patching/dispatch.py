@@ -1,13 +1,9 @@
 """The dispatcher: decides whether graphs serve a call or coqui-tts does, and counts what became of it.
 
-Locks, in the order in which one thread may take them:
-
-1. the lock of a `VoiceMemo`, while a voice is looked for and, through other routes, made: first that of conditioning
-   latents, then that of speaker embeddings, which coqui-tts asks for inside;
-2. the dispatcher's, while a call is served, or one step of a stream: coqui-tts keeps the prefix of a generation on the
-   model, and torch's random generator is global;
-3. a loaded graph's, in the Neuron backend, while it runs or its state is moved;
-4. those of counters, which take no other.
+Threads call at the same time. What computes takes turns (`turns.py`): a graph's run, a decode step of everybody's rows,
+or, since coqui-tts keeps the prefix of a generation on the model and knows torch's global generator alone, a whole call
+of its own. Locks are taken inside of a turn, never the other way round: a loaded graph's, in the Neuron backend; those
+of memos, counters and the scheduler's lists, under which nothing is waited for.
 """
 
 from __future__ import annotations
@@ -17,16 +13,17 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import torch
-
 from neuron_xtts.backends.host.threads import at_most, usable_cpus
-from neuron_xtts.errors import Fallback, FallbackError, describe
+from neuron_xtts.decoding.caller import caller
+from neuron_xtts.decoding.draws import DRAWS, Claim, any_seed
+from neuron_xtts.errors import Fallback, FallbackError, QueueFullError, describe
 from neuron_xtts.report import CallCounters
 from neuron_xtts.routes.base import Context, HandedOver, Kind, Method, Route
+from neuron_xtts.turns import now
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +48,10 @@ class Dispatcher:
         self.context = context
         self.strict = strict
         self.counters = CallCounters()
+        self._turns = context.runner.turns
         self._cpus = usable_cpus()
-        self._lock = threading.RLock()
-        self._serving = False
-        self._by_kind = {
+        self._here = threading.local()
+        self._by_kind: dict[Kind, Callable[..., Any]] = {
             Kind.WHOLE: self._whole,
             Kind.STEPS: self._steps,
             Kind.REMEMBERED: self._remembered,
@@ -71,102 +68,126 @@ class Dispatcher:
             kwargs: of the call.
         """
         route.check(kwargs)
+        caller().check()
+        claim = None
+        if route.draws and kwargs.get("seed") is None and not disabled():
+            claim = DRAWS.claim()
+            if claim is None:
+                kwargs = {**kwargs, "seed": any_seed()}
         first = (self.context, method) if route.kind in (Kind.REMEMBERED, Kind.NOTED) else (self.context,)
         graphs = partial(route.call, *first, *args, **kwargs)
         own = partial(route.own(self.context, method), *args, **kwargs)
-        return self._by_kind[route.kind](route.name, graphs, own)
+        return self._by_kind[route.kind](route.name, graphs, own, claim)
 
-    def _whole(self, name: str, graphs: Call, own: Call) -> object:
+    def _whole(self, name: str, graphs: Call, own: Call, claim: Claim | None) -> object:
         """A result at once."""
-        if self._disabled(name):
+        if self._disabled(name) or getattr(self._here, "falls_back", False):  # inside a method of coqui-tts's own
             return own()
-        with self._lock:
-            if self._serving:  # a method of coqui-tts that calls another routed one, inside a fallback
+        with claim or contextlib.nullcontext(), self._timed(name):
+            with contextlib.suppress(_FellBack), self._attempt(name, claim):
+                return self._served(name, graphs())
+            with self._falling_back():
                 return own()
-            self._serving = True
-            try:
-                with self._timed(name):
-                    with contextlib.suppress(_FellBack), self._attempt(name):
-                        return self._served(name, graphs())
-                    return own()
-            finally:
-                self._serving = False
 
-    def _steps(self, name: str, graphs: Call, own: Call) -> Iterator[object]:
-        """An iterator. The lock is not held while the caller has a step."""
-        theirs: Iterator[object] = own()
-        if self._disabled(name):
-            return theirs
-        with self._lock, contextlib.suppress(_FellBack), self._attempt(name):
-            return self._stream(name, graphs(), theirs)
-        return theirs
-
-    def _stream(self, name: str, ours: Iterator[object], theirs: Iterator[object]) -> Iterator[object]:
-        """The steps of graphs; after one that fails, coqui-tts's own, as if they had been asked from the start."""
-        first = torch.get_rng_state()
-        given = 0
+    def _steps(self, name: str, graphs: Call, own: Call, claim: Claim | None) -> Iterator[object]:
+        """An iterator. Nothing is held while the caller has a step, but for its claim."""
         try:
-            for step in self._guarded(name, ours):
-                given += 1
-                yield step
-            self.counters.served(name)
-            return
-        except GeneratorExit:  # the caller has heard enough
-            self.counters.served(name)
+            theirs: Iterator[object] = own()
+            if self._disabled(name):
+                return theirs
+            with contextlib.suppress(_FellBack), self._attempt(name, claim):
+                return self._stream(name, graphs(), theirs, claim)
+            return self._theirs(theirs, claim)
+        except BaseException:
+            if claim is not None:  # a traceback would keep it
+                claim.end()
             raise
-        except _FellBack:
-            pass
-        now = torch.get_rng_state()
-        torch.set_rng_state(first)
-        with self._lock:
-            for _ in range(given):
-                next(theirs)
-        if given:  # as many codes have been drawn again as the caller has
-            torch.set_rng_state(now)
-        yield from self._locked(theirs)
 
-    def _guarded(self, name: str, steps: Iterator[object]) -> Iterator[object]:
+    def _stream(
+        self, name: str, ours: Generator[object, None, None], theirs: Iterator[object], claim: Claim | None
+    ) -> Iterator[object]:
+        """The steps of graphs; after one that fails, coqui-tts's own, as if they had been asked from the start."""
+        given = 0
+        with claim or contextlib.nullcontext():
+            try:
+                for step in self._guarded(name, ours, claim):
+                    given += 1
+                    yield step
+                self.counters.served(name)
+                return
+            except GeneratorExit:  # the caller has heard enough
+                self.counters.served(name)
+                raise
+            except _FellBack:
+                pass
+            finally:
+                ours.close()  # before the claim ends
+            for _ in range(given):
+                with self._falling_back():
+                    if next(theirs, None) is None:  # in fp32 it may be over sooner than in reduced precision
+                        return
+            yield from self._theirs(theirs, claim)
+
+    def _guarded(self, name: str, steps: Iterator[object], claim: Claim | None) -> Iterator[object]:
         """Steps of graphs, each timed; raises `_FellBack` where one fails."""
         end = object()
         while True:
-            with self._lock, self._timed(name), self._attempt(name):
+            with self._timed(name), self._attempt(name, claim, brief=True):
                 step = next(steps, end)
             if step is end:
                 return
             yield step
 
-    def _locked(self, steps: Iterator[object]) -> Iterator[object]:
+    def _theirs(self, steps: Iterator[object], claim: Claim | None) -> Iterator[object]:
         """Steps of coqui-tts."""
         end = object()
-        while True:
-            with self._lock:
-                step = next(steps, end)
-            if step is end:
-                return
-            yield step
+        with claim or contextlib.nullcontext():
+            while True:
+                with self._falling_back():
+                    step = next(steps, end)
+                if step is end:
+                    return
+                yield step
 
-    def _remembered(self, name: str, key: Call, own: Call) -> object:
+    @contextlib.contextmanager
+    def _falling_back(self) -> Iterator[None]:
+        """The turn of a method of coqui-tts's own, in which other routed methods are coqui-tts's, too."""
+        with self._turns.take():
+            before = getattr(self._here, "falls_back", False)
+            self._here.falls_back = True
+            try:
+                yield
+            finally:
+                self._here.falls_back = before
+
+    def _remembered(self, name: str, key: Call, own: Call, claim: None) -> object:
         """What coqui-tts made of the same before, or makes now; no error with ``strict``: no graph was passed over."""
         memo = self.context.voices[name]
         if not memo.size:
-            return own()
-        with memo.lock, self._timed(name):
+            with self._turns.take():
+                return own()
+        with self._timed(name):
             found, reason = self._identify(key)
             if reason is not None:
                 if self.counters.fell_back(name, reason):
                     logger.warning("%s: a voice is not remembered: %s", name, reason)
-                return own()
+                with contextlib.nullcontext() if reason == _DISABLED else self._turns.take():
+                    return own()
             known = memo.find(found)
             if known is not None:
                 return self._served(name, HandedOver(known))
-            voice = own()
-            if self._identify(key) == (found, None):  # or was the file written to meanwhile?
-                memo.store(found, voice)
+            with self._turns.take():  # so that threads that ask for the same compute it once
+                known = memo.find(found)
+                if known is not None:
+                    return self._served(name, HandedOver(known))
+                voice = own()
+                if self._identify(key) == (found, None):  # or was the file written to meanwhile?
+                    memo.store(found, voice)
             return self._served(name, voice)
 
-    def _noted(self, name: str, method: Call, own: Call) -> object:
+    def _noted(self, name: str, method: Call, own: Call, claim: None) -> object:
         """What the method itself gives; nothing is counted. Not while a call is served that relies on its effects."""
-        with self._lock:
+        with contextlib.nullcontext() if disabled() else self._turns.take(now):
             return method()
 
     @staticmethod
@@ -197,14 +218,20 @@ class Dispatcher:
             self.counters.took(name, time.perf_counter() - start)
 
     @contextlib.contextmanager
-    def _attempt(self, name: str) -> Iterator[None]:
-        """Try what graphs serve. If it fails, the random state is what it was, and `_FellBack` is raised."""
-        random_state = torch.get_rng_state()
+    def _attempt(self, name: str, claim: Claim | None, *, brief: bool = False) -> Iterator[None]:
+        """Try what graphs serve. If it fails, what it drew by its ``claim`` is undone, and `_FellBack` is raised.
+
+        With ``brief``, this thread will soon try more.
+        """
         try:
             with at_most(self._cpus):
                 yield
+        except QueueFullError:
+            raise
         except Exception as error:
-            torch.set_rng_state(random_state)
+            if claim is not None:
+                with self._turns.take():
+                    claim.rewind()
             expected = isinstance(error, Fallback)
             reason = str(error) if expected else describe(error)[:200]
             if self.counters.fell_back(name, reason):
@@ -212,6 +239,8 @@ class Dispatcher:
             if self.strict:
                 raise FallbackError(name, reason) from error
             raise _FellBack from error
+        finally:
+            self._turns.rest(brief=brief)
 
 
 class _FellBack(Exception):  # noqa: N818 - a signal inside the dispatcher

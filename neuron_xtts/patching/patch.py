@@ -5,15 +5,19 @@ from __future__ import annotations
 import weakref
 from functools import partial
 
+from neuron_xtts.backends.host.threads import end_team
 from neuron_xtts.coqui.surface import Networks, Xtts
+from neuron_xtts.decoding.scheduler import Scheduler
 from neuron_xtts.options import Options
 from neuron_xtts.patching.dispatch import Dispatcher
 from neuron_xtts.patching.proxy import Installation
 from neuron_xtts.report import Report
 from neuron_xtts.routes import ROUTES
 from neuron_xtts.routes.base import Context, Kind
+from neuron_xtts.routes.listening import Listening
 from neuron_xtts.routes.memo import AudioMemo, LatentsMemo, VoiceMemo
 from neuron_xtts.runner import Runner
+from neuron_xtts.turns import Turns
 
 
 class Patch:
@@ -26,15 +30,26 @@ class Patch:
         options: that were checked.
         strict: raise instead of falling back.
         voice_cache: how many voices to remember.
+        queue: how many calls may wait for others.
     """
 
-    def __init__(self, xtts: Xtts, options: Options, *, strict: bool, voice_cache: int) -> None:
+    def __init__(self, xtts: Xtts, options: Options, *, strict: bool, voice_cache: int, queue: int) -> None:
         # Before anything is put in place, everything that may fail is done.
         self._installations = {route.name: Installation(route.module(xtts), route.method) for route in ROUTES}
         voices = {route.name: VoiceMemo(voice_cache) for route in ROUTES if route.kind is Kind.REMEMBERED}
         networks = Networks.of(xtts)
-        runner = self.runner = Runner(networks, partial(options.make_backend, networks))
-        context = Context(runner, weakref.ref(xtts), LatentsMemo(), AudioMemo(runner.halo), voices)
+        runner = self.runner = Runner(
+            networks, partial(options.make_backend, networks), _turns.setdefault(xtts, Turns())
+        )
+        context = Context(
+            runner,
+            Scheduler(runner, queue),
+            weakref.ref(xtts),
+            LatentsMemo(),
+            AudioMemo(runner.halo),
+            voices,
+            Listening(runner.turns),
+        )
         self.dispatcher = Dispatcher(context, strict=strict)
         for route in ROUTES:
             self._installations[route.name].install(partial(self.dispatcher.answer, route), owner=self)
@@ -60,6 +75,7 @@ class Patch:
             buckets=backend.plan.to_dict(),
             routes=self.dispatcher.counters.snapshot(route.name for route in ROUTES if route.kind is not Kind.NOTED),
             graphs=runner.counters.snapshot(),
+            batch=self.dispatcher.context.scheduler.counts(),
             missing=runner.missing(),
             copied=backend.copied,
             gone=self.gone(xtts),
@@ -72,6 +88,9 @@ class Patch:
         self.runner.backend.close()
 
 
+# Of models that were ever patched: what runs on by an earlier patch takes turns with what a later one runs.
+_turns: weakref.WeakKeyDictionary[Xtts, Turns] = weakref.WeakKeyDictionary()
+
 # Not an attribute of the model: unpatch must leave every __dict__ as it was, and a deepcopy must not inherit a patch.
 _patches: weakref.WeakKeyDictionary[Xtts, weakref.ref[Patch]] = weakref.WeakKeyDictionary()
 
@@ -82,9 +101,10 @@ def find_patch(xtts: Xtts) -> Patch | None:
     return None if reference is None else reference()
 
 
-def install(xtts: Xtts, options: Options, *, strict: bool, voice_cache: int) -> None:
+def install(xtts: Xtts, options: Options, *, strict: bool, voice_cache: int, queue: int) -> None:
     """Patch a model that is not patched; the arguments are those of `Patch`."""
-    _patches[xtts] = weakref.ref(Patch(xtts, options, strict=strict, voice_cache=voice_cache))
+    _patches[xtts] = weakref.ref(Patch(xtts, options, strict=strict, voice_cache=voice_cache, queue=queue))
+    end_team()  # whatever was converted, another thread may be the one that speaks
 
 
 def remove(xtts: Xtts) -> None:

@@ -13,12 +13,12 @@ from neuron_xtts.routes.voice import get_conditioning_latents, get_speaker_embed
 # In the order of reports.
 ROUTES = (
     Route("gpt", "get_style_emb", get_style_emb),
-    Route("gpt", "generate", generate, own=own_seeded, check=check_seed),
+    Route("gpt", "generate", generate, own=own_seeded, check=check_seed, draws=True),
     Route("gpt", "forward", make_latents),
     Route("hifigan_decoder", "forward", vocode),
     Route("hifigan_decoder", "inference", vocode_in_inference_mode),
     Route("gpt", "compute_embeddings", compute_embeddings, Kind.NOTED),
-    Route("gpt", "get_generator", get_generator, Kind.STEPS, own_generator, check_seed),
+    Route("gpt", "get_generator", get_generator, Kind.STEPS, own_generator, check_seed, draws=True),
     Route("", "get_conditioning_latents", get_conditioning_latents, Kind.REMEMBERED),
     Route("", "get_speaker_embedding", get_speaker_embedding, Kind.REMEMBERED),
 )

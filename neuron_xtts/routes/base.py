@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from neuron_xtts.coqui.surface import Xtts
+from neuron_xtts.decoding.scheduler import Scheduler
 from neuron_xtts.errors import Fallback
+from neuron_xtts.routes.listening import Listening
 from neuron_xtts.routes.memo import AudioMemo, LatentsMemo, VoiceMemo
 from neuron_xtts.runner import Runner
 
@@ -39,18 +41,22 @@ class Context:
 
     Attributes:
         runner: of the graphs.
+        scheduler: of the rows that decode.
         xtts: the model; no reference to it is kept.
         latents: of the latest generations.
         audio: of the latest calls of the vocoder.
         voices: by the name of the route that remembers them.
+        listening: which stream a thread is at.
         prefixes: (B, P - 1, D) without the start code, by the ids (B, P) that stand for each.
     """
 
     runner: Runner
+    scheduler: Scheduler
     xtts: weakref.ref[Xtts]
     latents: LatentsMemo
     audio: AudioMemo
     voices: dict[str, VoiceMemo]
+    listening: Listening
     prefixes: MutableMapping[Tensor, Tensor | None] = field(default_factory=WeakIdKeyDictionary)
 
 
@@ -89,6 +95,7 @@ class Route:
         kind: what ``call`` returns.
         own: ``own(context, method)`` is coqui-tts's method as a fallback calls it.
         check: raises, before anything is tried, for keyword arguments that are ours and mean nothing.
+        draws: whether it draws from torch's global generator, unless it is given a ``seed``.
     """
 
     owner: str
@@ -97,6 +104,7 @@ class Route:
     kind: Kind = Kind.WHOLE
     own: Callable[[Context, Method], Method] = as_it_is
     check: Callable[[Mapping[str, Any]], None] = anything
+    draws: bool = False
 
     @property
     def name(self) -> str:

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from neuron_xtts.coqui.embeddings import embed_prefix
-from neuron_xtts.decoding.batch import Batch, decode
 from neuron_xtts.decoding.row import Row, codes_of, make_rows
 from neuron_xtts.decoding.sampling import Sampler, Sampling
+from neuron_xtts.decoding.scheduler import Call
 from neuron_xtts.routes.base import Context, check_fp32
 from neuron_xtts.routes.seeds import generator_of
 
@@ -33,25 +33,24 @@ def generate(
         codes (rows, N), the stop code included, where rows is B * num_return_sequences; with
         ``return_dict_in_generate`` a pair of them and transformers' ``GenerateDecoderOnlyOutput``.
     """
-    runner, gpt = context.runner, context.runner.networks.gpt
+    gpt = context.runner.networks.gpt
     sampling = Sampling.parse(kwargs, gpt.gpt_inference.generation_config, gpt.max_gen_mel_tokens)
     check(context)
     check_fp32(conditioning_latents=cond_latents)
     prefix = embed_prefix(gpt, cond_latents, text_inputs)  # (B, P, D), the start code last
     rows = start(context, sampling, prefix, generator_of(seed))
-    batch = Batch(runner, len(rows), prefix.shape[1])
-    try:
-        latents = [step_latents for _, step_latents in decode(gpt, batch, rows, prefix)]
-        cache = batch.cache(rows) if sampling.return_dict_in_generate else None
-    finally:
-        batch.release(rows)
+    call = Call(rows, prefix, context.runner.identity("decode"), with_cache=sampling.return_dict_in_generate)
+    latents = [latents for _, latents in context.scheduler.run(call)]
     codes = codes_of(rows)
     if sampling.num_return_sequences == 1:
         context.latents.store(gpt, cond_latents, text_inputs, codes, torch.stack(latents, dim=1))
-    if cache is None:
+    if call.cache is None:
         return codes
+    if not torch.is_inference_mode_enabled():  # in which it was made
+        for layer in call.cache.layers:
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
     sequences = torch.stack([row.ids for row in rows])
-    return codes, GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
+    return codes, GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=call.cache)
 
 
 def check(context: Context) -> None:

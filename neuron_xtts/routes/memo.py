@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,30 +13,41 @@ from torch import Tensor
 from neuron_xtts.coqui.surface import Gpt
 from neuron_xtts.coqui.weights import Stamp, stamp
 
-# A choice of ours: as many sentences as threads may have between generating and asking for latents.
-_GENERATIONS = 4
-
-# A choice of ours: bytes of frames and audio to remember; a stream of 600 codes takes 13 MB.
-_AUDIO_BYTES = 64 * 2**20
+# Bytes to remember, choices of ours: of latents, which threads have between generating and asking for them, 2.5 MB for
+# 600 codes; and of frames and audio, 13 MB for a stream of as many.
+_LATENTS_BYTES = 64 * 2**20
+_AUDIO_BYTES = 128 * 2**20
 
 Vocode = Callable[[int], Iterable[Tensor]]
 Voice = Tensor | tuple[Tensor, ...]
 
 
 class LatentsMemo:
-    """The latents of the latest generations, found by everything they depend on."""
+    """The latents of the latest generations, found by everything they depend on.
 
-    def __init__(self) -> None:
-        self._entries: deque[tuple[Stamp, tuple[Tensor, ...], Tensor]] = deque(maxlen=_GENERATIONS)
+    Args:
+        size: bytes to keep at most, but for the latest.
+    """
+
+    def __init__(self, size: int = _LATENTS_BYTES) -> None:
+        self._size = size
+        self._lock = threading.Lock()
+        self._entries: deque[tuple[Stamp, tuple[Tensor, ...], Tensor]] = deque()
 
     def store(self, gpt: Gpt, cond_latents: Tensor, text_inputs: Tensor, codes: Tensor, latents: Tensor) -> None:
         """Remember ``latents`` (B, N, D). The inputs are copied: callers may write into theirs."""
         inputs = (cond_latents.clone(), text_inputs.clone(), codes.clone())
-        self._entries.append((stamp(gpt.parameters()), inputs, latents))
+        entry = stamp(gpt.parameters()), inputs, latents
+        with self._lock:
+            self._entries.append(entry)
+            while len(self._entries) > 1 and sum(latents.nbytes for _, _, latents in self._entries) > self._size:
+                self._entries.popleft()
 
     def find(self, gpt: Gpt, *inputs: Tensor) -> Tensor | None:
         """The latents for conditioning latents, text and codes; None if they were not among the latest."""
-        for then, known, latents in reversed(self._entries):
+        with self._lock:
+            entries = list(self._entries)
+        for then, known, latents in reversed(entries):
             if all(a.shape == b.shape and torch.equal(a, b.to(a.dtype)) for a, b in zip(inputs, known, strict=True)):
                 return latents.clone() if then == stamp(gpt.parameters()) else None
         return None
@@ -73,6 +84,7 @@ class AudioMemo:
     def __init__(self, halo: int, size: int = _AUDIO_BYTES) -> None:
         self._halo = halo
         self._size = size
+        self._lock = threading.Lock()
         self._entries: deque[Vocoded] = deque()
 
     def complete(self, frames: Tensor, speaker: Tensor, vocoder: Hashable, vocode: Vocode) -> tuple[Tensor, bool]:
@@ -84,25 +96,33 @@ class AudioMemo:
             vocoder: whatever else the audio depends on.
             vocode: makes the audio from a frame on, in pieces.
         """
-        start, known = self._find(frames, speaker, vocoder)
+        with self._lock:
+            entries = list(self._entries)
+        start, known = self._find(entries, frames, speaker, vocoder)
         if known is not None and start == frames.shape[2]:
-            self._entries.remove(known)
-            self._entries.append(known)
+            self._keep(known, in_place_of=known)
             return known.audio.clone(), True
         pieces = [] if known is None else [known.audio[:, :, : start * (known.audio.shape[2] // known.length)]]
         audio = torch.cat([*pieces, *vocode(start)], dim=2)
-        if known is not None and start >= known.length - 2 * self._halo:  # it goes on: the same stream, a chunk later
-            self._entries.remove(known)
+        goes_on = known is not None and start >= known.length - 2 * self._halo  # the same stream, a chunk later
         # A copy: coqui-tts writes the cross-fade of two chunks into what it is given.
-        self._entries.append(Vocoded(frames, audio.clone(), speaker.clone(), vocoder))
-        while sum(entry.nbytes for entry in self._entries) > self._size:
-            self._entries.popleft()
+        self._keep(Vocoded(frames, audio.clone(), speaker.clone(), vocoder), in_place_of=known if goes_on else None)
         return audio, False
 
-    def _find(self, frames: Tensor, speaker: Tensor, vocoder: Hashable) -> tuple[int, Vocoded | None]:
-        """How many of ``frames`` sound as in an earlier call, and that call."""
+    def _keep(self, entry: Vocoded, in_place_of: Vocoded | None) -> None:
+        with self._lock:
+            if in_place_of is not None and in_place_of in self._entries:  # another thread may have been faster
+                self._entries.remove(in_place_of)
+            self._entries.append(entry)
+            while sum(entry.nbytes for entry in self._entries) > self._size:
+                self._entries.popleft()
+
+    def _find(
+        self, entries: Sequence[Vocoded], frames: Tensor, speaker: Tensor, vocoder: Hashable
+    ) -> tuple[int, Vocoded | None]:
+        """How many of ``frames`` sound as in an earlier call, one of ``entries``, and that call."""
         best: tuple[int, Vocoded | None] = 0, None
-        for entry in reversed(self._entries):
+        for entry in reversed(entries):
             if entry.vocoder != vocoder or not torch.equal(entry.speaker, speaker):
                 continue
             common = common_length(entry.frames, frames)
@@ -127,29 +147,28 @@ class VoiceMemo:
 
     Args:
         size: how many to remember; 0 for none.
-
-    Attributes:
-        lock: held while a voice is looked for and made, so that threads that ask for the same compute it once.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.lock = threading.RLock()
+        self._lock = threading.Lock()
         self._known: OrderedDict[Hashable, Voice] = OrderedDict()
 
     def find(self, key: Hashable) -> Voice | None:
         """What is known under a key: a copy, which the caller may write into."""
-        voice = self._known.get(key)
-        if voice is None:
-            return None
-        self._known.move_to_end(key)
+        with self._lock:
+            voice = self._known.get(key)
+            if voice is None:
+                return None
+            self._known.move_to_end(key)
         return _copy(voice)
 
     def store(self, key: Hashable, voice: Voice) -> None:
         """Remember a copy."""
-        self._known[key] = _copy(voice)
-        if len(self._known) > self.size:
-            self._known.popitem(last=False)
+        with self._lock:
+            self._known[key] = _copy(voice)
+            if len(self._known) > self.size:
+                self._known.popitem(last=False)
 
 
 @torch.inference_mode()  # as coqui-tts makes them

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,6 +18,16 @@ import torch
 from neuron_xtts.routes.base import Context, Method
 
 _lent = threading.RLock()  # torch's global generator, to one call with a seed at a time
+
+
+def _forget() -> None:
+    """In a forked child, where the thread that had it is not."""
+    global _lent
+    _lent = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 def generator_of(seed: Any) -> torch.Generator | None:

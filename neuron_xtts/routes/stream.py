@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from neuron_xtts.coqui.embeddings import embed_start
-from neuron_xtts.decoding.batch import Batch, Step, decode
-from neuron_xtts.decoding.row import Row
 from neuron_xtts.decoding.sampling import Sampling
+from neuron_xtts.decoding.scheduler import Call, Step
 from neuron_xtts.errors import Fallback
 from neuron_xtts.routes.base import Context, Method, check_fp32
 from neuron_xtts.routes.generate import check, start
+from neuron_xtts.routes.listening import Listener
 from neuron_xtts.routes.seeds import drawing_from, generator_of
+from neuron_xtts.turns import now
 
 
 def get_generator(
@@ -38,7 +39,8 @@ def get_generator(
         if not kwargs.pop(name, False):
             raise Fallback(f"argument {name}=False")
     sampling = Sampling.parse(kwargs, gpt.gpt_inference.generation_config, gpt.max_gen_mel_tokens)
-    check(context)
+    with context.runner.turns.pressing(now):
+        check(context)
     prefix = prefix_of(context, fake_inputs)
     if sampling.num_return_sequences != 1 or fake_inputs.shape[0] != 1:
         raise Fallback("a stream of several rows")
@@ -47,15 +49,10 @@ def get_generator(
     check_fp32(a_prefix=prefix)
     # coqui-tts draws in a stream even if it was asked not to sample.
     prefix = torch.cat([prefix, embed_start(gpt, 1)], dim=1)
-    return _steps(context, start(context, replace(sampling, draws=True), prefix, generator_of(seed)), prefix)
-
-
-def _steps(context: Context, rows: list[Row], prefix: Tensor) -> Iterator[Step]:
-    batch = Batch(context.runner, len(rows), prefix.shape[1])
-    try:
-        yield from decode(context.runner.networks.gpt, batch, rows, prefix)
-    finally:
-        batch.release(rows)
+    rows = start(context, replace(sampling, draws=True), prefix, generator_of(seed))
+    listener = Listener()
+    call = Call(rows, prefix, context.runner.identity("decode"), streamed=True, urgency=listener.urgency)
+    return context.listening.to(listener, context.scheduler.stream(call))
 
 
 def compute_embeddings(context: Context, method: Method, /, *args: Any, **kwargs: Any) -> Tensor:

@@ -18,6 +18,9 @@ from neuron_xtts.errors import Fallback
 from neuron_xtts.routes.base import Context, HandedOver, check_fp32
 from neuron_xtts.runner import Runner
 
+# Frames of a window that others need not wait for: of a chunk of 20 codes, coqui-tts's own, with its halos.
+_SHORT = 135
+
 
 def forward(context: Context, /, latents: Tensor, g: Tensor | None = None) -> Tensor | HandedOver[Tensor]:
     """Serve ``HifiDecoder.forward``.
@@ -53,17 +56,22 @@ def _vocode(context: Context, latents: Tensor, speaker: Tensor | None) -> Tensor
     check_fp32(latents=latents, speaker_embedding=speaker)
     frames = interpolate(runner.networks.decoder, latents)  # (B, D, T)
     speakers = speaker.expand(latents.shape[0], -1, -1)
-    rows = [_row(context, row[None], voice[None]) for row, voice in zip(frames, speakers, strict=True)]
-    audio = torch.cat([audio for audio, _ in rows]) if len(rows) > 1 else rows[0][0]
+    rows: list[tuple[Tensor, bool]] = []
+
+    def make(short: bool) -> Tensor:
+        rows.extend(_row(context, row[None], voice[None], short) for row, voice in zip(frames, speakers, strict=True))
+        return torch.cat([audio for audio, _ in rows]) if len(rows) > 1 else rows[0][0]
+
+    audio = context.listening.vocode(make, runner.networks.decoder.output_sample_rate)
     return HandedOver(audio) if all(known for _, known in rows) else audio
 
 
-def _row(context: Context, frames: Tensor, speaker: Tensor) -> tuple[Tensor, bool]:
+def _row(context: Context, frames: Tensor, speaker: Tensor, short: bool) -> tuple[Tensor, bool]:
     """Audio (1, 1, samples) of ``frames`` (1, D, T), and whether all of it was known."""
     generator = context.runner.networks.decoder.waveform_decoder
 
     def vocode(start: int) -> Iterator[Tensor]:
-        for audio in _windows(context.runner, frames, speaker, start):
+        for audio in _windows(context.runner, frames, speaker, start, short):
             if not audio.isfinite().all():
                 raise Fallback("audio that is not finite")
             yield audio
@@ -72,16 +80,19 @@ def _row(context: Context, frames: Tensor, speaker: Tensor) -> tuple[Tensor, boo
     return context.audio.complete(frames, speaker, vocoder, vocode)
 
 
-def _windows(runner: Runner, frames: Tensor, speaker: Tensor, start: int) -> Iterator[Tensor]:
-    """Audio (1, 1, samples) of ``frames`` (1, D, T) from ``start`` on, window by window.
+def _windows(runner: Runner, frames: Tensor, speaker: Tensor, start: int, short: bool) -> Iterator[Tensor]:
+    """Audio (1, 1, samples) of ``frames`` (1, D, T) from ``start`` on, window by window, if need be ``short`` ones.
 
     A window has a halo where it does not begin or end with the audio itself.
     """
     halo, total = runner.halo, frames.shape[2]
     sizes = runner.buckets.sizes("vocoder")
+    longest = max(_SHORT, 2 * halo + 1) if short else total
+    if sizes:
+        sizes = tuple(size for size in sizes if size <= longest or size == sizes[0])
     while start < total:
         first = max(start - halo, 0)
-        size = total - first
+        size = min(total - first, longest)
         if sizes is not None:
             size = next((held for held in sizes if held >= size), sizes[-1])
         last = min(first + size, total)

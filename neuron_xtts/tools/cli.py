@@ -15,6 +15,7 @@ from neuron_xtts.coqui.constants import STREAM_CHUNK
 from neuron_xtts.errors import NeuronXttsError
 from neuron_xtts.tools import commands
 from neuron_xtts.tools.bench import PLAIN
+from neuron_xtts.tools.bench.batch import RATE, SCENES
 from neuron_xtts.version import __version__
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -91,8 +92,8 @@ def _add_bench(subparsers: Subparsers) -> None:
         help="measure, patched against unpatched",
         description="Measure patched against unpatched coqui-tts, in turns, in one process, with a known voice. "
         "sentence: seconds by stage in every precision, first audio, accuracy, memory. stream: time to first audio and "
-        "time per chunk. methods: GPT.forward, vocoder and generation by themselves, mean and deviation. Full size "
-        "takes half an hour on two cores.",
+        "time per chunk. methods: GPT.forward, vocoder and generation by themselves, mean and deviation. batch: many "
+        "callers at once, together and one by one. Full size takes half an hour on two cores, batch several hours.",
     )
     bench.set_defaults(run=commands.run_bench)
     _add_model(bench)
@@ -102,13 +103,28 @@ def _add_bench(subparsers: Subparsers) -> None:
     bench.add_argument(
         "what",
         type=lambda name: _FORMER_NAMES.get(name, name),
-        choices=("sentence", "stream", "methods"),
+        choices=("sentence", "stream", "methods", "batch"),
         nargs="?",
         default="sentence",
         help="(default: sentence)",
     )
     bench.add_argument(
-        "--codes", type=_positive, nargs="+", help="of each sentence or stream (default: 50 100 200 400; 100 300 600)"
+        "--codes",
+        type=_positive,
+        nargs="+",
+        help="of each sentence or stream (default: 50 100 200 400; 100 300 600; of batch one number: 100)",
+    )
+    bench.add_argument("--callers", type=_positive, nargs="+", help="of batch (default: 1 2 4 8 16)")
+    bench.add_argument(
+        "--scenes",
+        nargs="+",
+        choices=tuple(SCENES),
+        default=tuple(SCENES),
+        metavar="NAME",
+        help="of batch: " + "; ".join(f"{name!r}, {what}" for name, what in SCENES.items()) + " (default: all)",
+    )
+    bench.add_argument(
+        "--rate", type=float, default=RATE, help="of batch: calls a second that arrive at random (default: %(default)s)"
     )
     bench.add_argument(
         "--texts",
@@ -120,9 +136,9 @@ def _add_bench(subparsers: Subparsers) -> None:
         "--chunk", type=_positive, default=STREAM_CHUNK, help="codes per chunk of a stream (default: %(default)s)"
     )
     bench.add_argument(
-        "--precisions", nargs="+", metavar="NAME", help="of sentences and methods (default: all that the backend has)"
+        "--precisions", nargs="+", metavar="NAME", help="of all but streams (default: all that the backend has)"
     )
-    bench.add_argument("--rounds", type=_positive, default=3, help="of sentences and streams (default: %(default)s)")
+    bench.add_argument("--rounds", type=_positive, default=3, help="of all but methods (default: %(default)s)")
     bench.add_argument(
         "--iterations", type=_positive, default=100, help="of methods; a tenth of generation (default: %(default)s)"
     )

@@ -23,7 +23,7 @@ from neuron_xtts.options import Options, PatchOptions
 from neuron_xtts.precision import HOST_PRECISIONS, NEURON_PRECISIONS, Precision
 from neuron_xtts.tables import table
 from neuron_xtts.tools import demo
-from neuron_xtts.tools.bench import Benchmark, Results, methods, sentence, stream
+from neuron_xtts.tools.bench import Benchmark, Results, batch, methods, sentence, stream
 from neuron_xtts.tools.doctor import examine
 from neuron_xtts.tools.inventory import listing, remove, take_inventory, unusable
 from neuron_xtts.tools.judge import Judge, by_name
@@ -81,6 +81,26 @@ def _measure(arguments: argparse.Namespace) -> Benchmark:
         return methods.bench_methods(
             iterations=arguments.iterations,
             warm_up=arguments.warm_up,
+            precisions=precisions,
+            small=small,
+            checkpoint=checkpoint,
+            speaker_wav=arguments.speaker_wav,
+            options=options,
+        )
+    if arguments.what == "batch":
+        if arguments.codes and len(arguments.codes) > 1:
+            raise ValueError(
+                f"bench batch takes one number of --codes, which each caller has said, not {arguments.codes}"
+            )
+        if not arguments.rate > 0:
+            raise ValueError(f"--rate {arguments.rate:g}; expected calls a second, such as {batch.RATE}")
+        return batch.bench_batch(
+            callers=arguments.callers or batch.CALLERS,
+            codes=(arguments.codes or [batch.CODES])[0],
+            texts=_texts(arguments.texts) if arguments.texts else (),
+            scenes=arguments.scenes,
+            rate=arguments.rate,
+            rounds=arguments.rounds,
             precisions=precisions,
             small=small,
             checkpoint=checkpoint,

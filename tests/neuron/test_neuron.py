@@ -1,5 +1,6 @@
 """The Neuron backend from end to end, on the double of torch_neuronx that executes what was lowered."""
 
+import itertools
 import json
 import logging
 import shutil
@@ -112,6 +113,35 @@ def test_two_streams_on_one_decode_graph(xtts, voice, patch):
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     assert neuron_xtts.report(xtts).routes["GPT.get_generator"].served == 2
+
+
+def test_rows_that_join(xtts, voice, neuron, tmp_path):
+    """Three streams in two slots: whoever joins leaves the other as it is, and whoever made room goes on as before."""
+    plan = BucketPlan(prefill=(64,), decode=(80,), slots=(2,), latents=(), vocoder=(), conditioning=())
+    options = {"backend": "neuron", "buckets": plan, "store": tmp_path}
+    assert neuron_xtts.compile(xtts, **options, progress=False).ok
+    texts = [torch.arange(1, size)[None] for size in (9, 14, 6)]
+    generate = {"top_k": 3, "do_sample": True, **exactly(30)}
+    alone = []
+    for seed, text in enumerate(texts):
+        torch.manual_seed(seed)
+        alone.append(xtts.gpt.generate(voice[0], text, **generate)[0].tolist())
+    neuron_xtts.patch(xtts, **options, strict=True)
+
+    def begin(seed):
+        fake = xtts.gpt.compute_embeddings(voice[0], texts[seed])
+        options = {"output_hidden_states": True, "return_dict_in_generate": True, "seed": seed, **generate}
+        return xtts.gpt.get_generator(fake_inputs=fake, **options)
+
+    found = [[], [], []]
+    streams = [begin(0)]
+    for turn in range(40):
+        if turn in (3, 7):
+            streams.append(begin(len(streams)))
+        for codes, stream in zip(found, streams, strict=False):
+            codes += [int(code) for code, _ in itertools.islice(stream, 1)]
+    assert found == alone
+    assert neuron_xtts.report(xtts).graphs["decode"]["2x80"].runs < 90
 
 
 def test_abandoned_streams(xtts, voice, patch):
@@ -433,8 +463,6 @@ def test_states_that_take_turns(xtts, patch, monkeypatch):
     first, second = states
     del alone, states, state
     graph = backend._loaded["decode", (1, 80)]
-    with pytest.raises(RuntimeError, match="rows are filled before the first step"):
-        second.fill(0, [], 0)
     monkeypatch.setattr(graph, "read", failing(graph.read, 0))
     torch.testing.assert_close(run(first, 5), expected[5], rtol=0, atol=1e-6)
     with pytest.raises(Fallback, match="another call took over the decode graph"):

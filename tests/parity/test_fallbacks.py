@@ -414,6 +414,8 @@ OTHER_REASONS = {
     "ids that do not fit the prefix on the model": "test_states_that_fall_back",
     "a prefix of ": "test_states_that_fall_back",
     "another call took over the decode graph": "test_states_that_take_turns",
+    "the thread that computed for it was interrupted": "test_whoever_computes_is_interrupted",
+    "it began in another process, of which this one is a fork": "test_a_fork",
     "GPT-2 with activation_function='relu'": "test_other_gpt2",
     "a GPT without learned positions": "test_no_learned_positions",
 }

@@ -14,6 +14,7 @@ from neuron_xtts.coqui import models
 from neuron_xtts.coqui.models import random_tts
 from neuron_xtts.tools import demo
 from neuron_xtts.tools.bench import exactly, prepare
+from neuron_xtts.tools.bench.batch import Heard
 from neuron_xtts.tools.bench.methods import make_calls
 from neuron_xtts.tools.bench.sentence import speak
 from neuron_xtts.tools.cli import main
@@ -177,6 +178,68 @@ def test_bench_stream(tmp_path, capsys):
         assert whole <= results["worked"][codes] <= whole + 40 * chunks
     assert torch.__version__.startswith(results["machine"]["torch"])
     assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_bench_batch(tmp_path, capsys):
+    """Callers at once, with figures made of what each heard."""
+    files = tmp_path / "batch.json", tmp_path / "batch.png"
+    command = [
+        "bench",
+        "batch",
+        "--small",
+        "--rounds",
+        "1",
+        "--codes",
+        "45",
+        "--callers",
+        "1",
+        "3",
+        "--precisions",
+        "fp32",
+    ]
+    command += ["--rate", "20", "--json", str(files[0]), "--png", str(files[1])]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    results = json.loads(files[0].read_text())
+    assert list(results["samples"]) == ["whole", "streams", "within a second", "arrivals"]
+    for scene, by_callers in results["samples"].items():
+        assert list(by_callers["3"]) == ["coqui-tts", "fp32"]
+        assert list(by_callers["3"]["coqui-tts"]) == ["one by one"]
+        for variant, how in (("coqui-tts", "one by one"), ("fp32", "one by one"), ("fp32", "together")):
+            (performance,) = by_callers["3"][variant][how]
+            found = results["medians"][f"{scene}, 3"][f"{variant}, {how}"]
+            audio = [sum(samples for _, samples in heard["chunks"]) for heard in performance["heard"]]
+            whole = int(45 * 4 * 24000 / 22050) * 256
+            assert audio == [whole if scene == "whole" else whole - 1024] * 3  # coqui-tts withholds what it cross-fades
+            assert {len(heard["chunks"]) for heard in performance["heard"]} == ({1} if scene == "whole" else {3})
+            assert all(44 <= heard["codes"] <= 46 for heard in performance["heard"])
+            assert found["aggregate RTF"] == pytest.approx(performance["seconds"] * 24000 / sum(audio))
+            first = sorted(heard["chunks"][0][0] for heard in performance["heard"])
+            assert found["TTFA p50"] == pytest.approx(first[1])
+            assert f"{found['aggregate RTF']:.3f}" in out
+            assert (found["rows a step"] == 0) == (variant == "coqui-tts")
+        assert results["medians"][f"{scene}, 3"]["fp32, one by one"]["rows a step"] == 1
+    assert results["medians"]["whole, 3"]["fp32, together"]["rows a step"] > 1.5
+    assert results["fallbacks"] == {"fp32": {}}
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_silence():
+    """A listener plays the first chunk at once, and waits where the next is late."""
+    second = 24000
+    assert Heard(0, [(1.0, second), (1.9, second), (2.9, second)]).silence == 0
+    assert Heard(0, [(1.0, second), (2.5, second), (3.4, second)]).silence == pytest.approx(0.5)
+    assert Heard(0, [(1.0, second), (2.5, second), (4.0, second)]).silence == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["--codes", "1", "2"], "one number of --codes"), (["--rate", "0"], "--rate 0; expected calls a second")],
+)
+def test_bench_batch_refuses(arguments, says, capsys):
+    assert main(["bench", "batch", "--small", *arguments]) == 1
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -60,6 +60,7 @@ def check_speech(path, samples):
         heard = np.frombuffer(file.readframes(file.getnframes()), dtype=np.int16)
     assert len(heard) == samples
     assert np.abs(heard).max() > 100
+    return heard.astype(int)
 
 
 def row(text, name):
@@ -73,6 +74,20 @@ def test_speak(checkpoint, reference):
     assert "neuron_xtts: backend cpu, precision fp32" in out
     for route in ("GPT.generate", "HifiDecoder.forward"):
         assert row(out, route)[:4] == ["1", "1", "0", "0"]  # calls, computed, handed over, fallbacks
+
+
+def test_many(checkpoint, reference, tmp_path):
+    """A file for each line, in the order of the lines, whatever was said first."""
+    (tmp_path / "lines.txt").write_text(f"{TEXT}\n\nsing\n{TEXT}\n")
+    run("many.py", reference, "lines.txt", "--checkpoint", checkpoint, "--seed", "5", "--out", "spoken")
+    files = sorted(path.name for path in Path("spoken").iterdir())
+    assert files == ["0001.wav", "0002.wav", "0003.wav"]
+    said = [check_speech(f"spoken/{name}", FRAMES * 256 + 10000) for name in files]
+    assert (said[0] != said[1]).any()
+    assert (said[0] != said[2]).any()  # of another seed
+    run("many.py", reference, "lines.txt", "--checkpoint", checkpoint, "--seed", "7", "--out", "again")
+    again = check_speech("again/0001.wav", FRAMES * 256 + 10000)
+    assert np.abs(again - said[2]).max() <= 1  # the same text and seed in other company
 
 
 def test_speak_in_lower_precision(checkpoint, reference):

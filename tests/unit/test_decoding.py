@@ -82,7 +82,7 @@ def admit(batch, speaker):
 def test_rows_that_join_wait_and_leave(xtts, plan, lengths, choices):
     """At every step some row joins, some step, in any order, and whoever is done leaves its slot to the next."""
     neuron_xtts.patch(xtts, backend="cpu", buckets=PLANS[plan])
-    batch = Batch(find_patch(xtts).runner, 2, 30)
+    batch = Batch(find_patch(xtts).runner)
     waiting = [Speaker(xtts, prefix, prefix + codes, seed) for seed, (prefix, codes) in enumerate(lengths)]
     speaking, finished = [], 0
     while waiting or speaking:
@@ -103,7 +103,7 @@ def test_rows_that_join_wait_and_leave(xtts, plan, lengths, choices):
 def test_rows_of_one_prefix(xtts):
     """It runs once, and its rows go ways of their own."""
     neuron_xtts.patch(xtts, backend="cpu")
-    batch = Batch(find_patch(xtts).runner, 3, 9)
+    batch = Batch(find_patch(xtts).runner)
     speakers = [Speaker(xtts, 9, 14, seed) for seed in range(3)]
     for speaker in speakers[1:]:
         speaker.embeds[:, :9] = speakers[0].embeds[:, :9]
@@ -120,19 +120,46 @@ def test_rows_of_one_prefix(xtts):
 
 
 @torch.no_grad()
-def test_a_batch_that_is_full(xtts):
-    neuron_xtts.patch(xtts, backend="cpu")
-    batch = Batch(find_patch(xtts).runner, 1, 5)
-    first, second = (Speaker(xtts, 5, 9, seed) for seed in range(2))
+@pytest.mark.parametrize("plan", PLANS)
+def test_room(xtts, plan):
+    """Of a plan, or else of the host; without slots no row steps, and one that leaves makes room."""
+    neuron_xtts.patch(xtts, backend="cpu", buckets=PLANS[plan])
+    batch = Batch(find_patch(xtts).runner)
+    assert batch.most == batch.free == (5 if plan == "padded" else 16)
+    speakers = [Speaker(xtts, 5, 9, seed) for seed in range(batch.most)]
     with pytest.raises(ValueError, match="admit it first"):
-        batch.step([first.row], first.next)
-    admit(batch, first)
-    with pytest.raises(ValueError, match="all 1 slots are taken; release a row first"):
-        admit(batch, second)
-    step(batch, [first])  # as if nothing had been asked
-    batch.release([first.row, second.row])
-    admit(batch, second)
-    step(batch, [second])
+        batch.step([speakers[0].row], speakers[0].next)
+    for number, speaker in enumerate(speakers):
+        assert batch.free == batch.most - number
+        admit(batch, speaker)
+        if not speaker.done:
+            step(batch, [speaker])
+    assert not batch.has_room(1)
+    batch.release([speakers[1].row])
+    assert batch.has_room(1)
+    batch.release([speaker.row for speaker in speakers])
+    assert batch.has_room(99)  # where nobody is, a call may have as many rows as it likes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plan", PLANS)
+def test_rows_that_make_room(xtts, plan):
+    """One that was taken out and brought back, into another slot, goes on as if it had never left."""
+    neuron_xtts.patch(xtts, backend="cpu", buckets=PLANS[plan])
+    batch = Batch(find_patch(xtts).runner)
+    speakers = [Speaker(xtts, 5, 20, seed) for seed in range(3)]
+    for speaker in speakers[:2]:
+        admit(batch, speaker)
+    for _ in range(3):
+        step(batch, speakers[:2])
+    parked = batch.park([speakers[0].row])
+    admit(batch, speakers[2])
+    for _ in range(3):
+        step(batch, speakers[1:])
+    batch.bring_back(parked)
+    assert speakers[0].row.slot == 2
+    for _ in range(5):
+        step(batch, speakers)
 
 
 def rows_of(count=1, generator=None, **options):

@@ -65,7 +65,7 @@ def fill(states, slot, prefix):
 def step(state, embeds, slots, positions):
     """One that grows the cache where it must."""
     if max(positions) >= state.capacity:
-        state.grow(max(positions) + 1)
+        state.grow(len(positions), max(positions) + 1, positions)
     return state.step(embeds, slots, positions, max(positions) + 1)
 
 

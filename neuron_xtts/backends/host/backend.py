@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from neuron_xtts.backends import Exclusive
 from neuron_xtts.backends.host.converted import Aside, HostVocoder, Linears
 from neuron_xtts.backends.host.kernels import cpu_has, rounded
 from neuron_xtts.backends.host.operators import HostOperators
@@ -79,15 +80,18 @@ class CpuBackend:
         vocoders = (graph for graph in self._graphs.values() if isinstance(graph, HostVocoder))
         return self._linears.bytes + sum(vocoder.bytes for vocoder in vocoders)
 
-    def check(self, graph: str) -> None:
+    def check(self, graph: str, exclusive: Exclusive = contextlib.nullcontext) -> None:
         """See `Backend.check`: what was converted of other weights is converted again."""
         found = self._graphs[graph]
         if isinstance(found, HostVocoder):
-            found.convert()
+            if not found.is_current():
+                with exclusive():
+                    found.convert()
             return
         for module in found.children():
-            if isinstance(module, Trunk):
-                self._linears.convert(module)
+            if isinstance(module, Trunk) and not self._linears.is_current(module):
+                with exclusive():
+                    self._linears.convert(module)
 
     def run(self, graph: str, bucket: Bucket, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         """See `Backend.run`."""
@@ -133,12 +137,24 @@ class HostState:
         for slots, tensor in zip(self._data[:, slot], cache.together(), strict=True):
             slots[:, :length] = tensor[0, :, :length]
 
-    def grow(self, capacity: int) -> None:
+    def grow(self, slots: int, capacity: int, positions: Sequence[int]) -> None:
         """See `DecodeState.grow`."""
         blocks, rows, heads, held, channels = self._data.shape
-        grown = lazy_zeros((blocks, rows, heads, rounded(capacity, rows), channels), self._data.dtype)
-        grown[:, :, :, :held] = self._data
+        grown = lazy_zeros((blocks, slots, heads, rounded(max(capacity, held), slots), channels), self._data.dtype)
+        grown[:, :rows, :, :held] = self._data
         self._data = grown
+
+    def lift(self, slot: int, length: int) -> Tensor:
+        """See `DecodeState.lift`."""
+        return self._data[:, slot, :, :length].clone()
+
+    def put(self, slot: int, lifted: Tensor, length: int) -> None:
+        """See `DecodeState.put`."""
+        self._data[:, slot, :, :length] = lifted
+
+    def clear(self, slot: int, length: int) -> None:
+        """See `DecodeState.clear`."""
+        self._data[:, slot, :, :length] = 0
 
     def step(self, embeds: Tensor, slots: Sequence[int], positions: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
         """See `DecodeState.step`."""

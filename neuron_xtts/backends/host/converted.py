@@ -107,23 +107,23 @@ class Linears:
         self._converted: dict[nn.Module, Converted] = {}
         self._stamp: State | None = None
 
+    def is_current(self, trunk: Trunk) -> bool:
+        """Whether the copies are of the weights that GPT-2 blocks have now."""
+        return self.kind == "fp32" or self._state(trunk) == self._stamp
+
+    def _state(self, trunk: Trunk) -> State:
+        layers = _layers_to_convert(trunk)
+        seen = [tensor for layer in layers for tensor in tensors_of(layer)]
+        if self._sample:  # units depend on these, too
+            norms = [norm for block in trunk.h for norm in (block.ln_1, block.ln_2)]
+            seen += [*(tensor for norm in norms for tensor in tensors_of(norm)), *self._sample.tensors()]
+        return tuple(map(id, layers)), stamp(seen)
+
     def convert(self, trunk: Trunk) -> None:
         """Make copies of the weights of GPT-2 blocks, unless they are there."""
-        if self.kind == "fp32":
+        if self.is_current(trunk):
             return
-        layers: list[Any] = [layer for block in trunk.h for layer in linears_of(block)]
-        # Another kind of layer computes as it likes; with weights of another kind the route falls back.
-        layers = [layer for layer in layers if type(layer) is Conv1D and is_plain(layer)]
-        norms = [norm for block in trunk.h for norm in (block.ln_1, block.ln_2)]
-
-        def state() -> State:
-            seen = [tensor for layer in layers for tensor in tensors_of(layer)]
-            if self._sample:  # units depend on these, too
-                seen += [*(tensor for norm in norms for tensor in tensors_of(norm)), *self._sample.tensors()]
-            return tuple(map(id, layers)), stamp(seen)
-
-        if state() == self._stamp:
-            return
+        layers = _layers_to_convert(trunk)
         start = time.perf_counter()
         self._converted.clear()
         self.bytes = 0
@@ -147,7 +147,7 @@ class Linears:
                     self.aside.move(layer.weight)
         finally:
             torch.backends.quantized.engine = engine
-        self._stamp = state()
+        self._stamp = self._state(trunk)
         seconds = time.perf_counter() - start
         logger.info("%d linear layers converted to %s in %.1f s", len(layers), self.kind, seconds)
 
@@ -191,6 +191,12 @@ class Linears:
         return converted.takes if converted else None
 
 
+def _layers_to_convert(trunk: Trunk) -> list[Any]:
+    """Another kind of layer computes as it likes; with weights of another kind the route falls back."""
+    layers = (layer for block in trunk.h for layer in linears_of(block))
+    return [layer for layer in layers if type(layer) is Conv1D and is_plain(layer)]
+
+
 class HostVocoder:
     """The vocoder graph with folded weights in a layout that the CPU computes fast.
 
@@ -209,12 +215,19 @@ class HostVocoder:
         self._stamp: State | None = None
         self._copy: Vocoder | None = None
 
+    def is_current(self) -> bool:
+        """Whether the copy is of the weights that the vocoder has now."""
+        return self._state() == self._stamp
+
+    def _state(self) -> State:
+        return tuple(map(id, self.vocoder.modules())), stamp(tensors_of(self.vocoder))
+
     @torch.no_grad()
     def convert(self) -> None:
         """Make a copy of the weights, unless it is there."""
-        now = tuple(map(id, self.vocoder.modules())), stamp(tensors_of(self.vocoder))
-        if now == self._stamp:
+        if self.is_current():
             return
+        now = self._state()
         self._copy, self._stamp = None, None
         if not is_plain(self.vocoder):
             return  # the route falls back

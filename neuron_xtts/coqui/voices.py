@@ -1,0 +1,48 @@
+"""The voice and the settings that ``tts.tts`` would speak with, for whatever calls the methods beneath it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+# Arguments of ``Xtts.inference``, by which ``Xtts.synthesize`` is told by the configuration of a checkpoint.
+_INFERENCE = ("temperature", "length_penalty", "repetition_penalty", "top_k", "top_p")
+# Arguments of ``Xtts.get_conditioning_latents``, by their names in that configuration.
+_CONDITIONING = {
+    "gpt_cond_len": "gpt_cond_len",
+    "gpt_cond_chunk_len": "gpt_cond_chunk_len",
+    "max_ref_len": "max_ref_length",
+    "sound_norm_refs": "sound_norm_refs",
+}
+
+
+def settings_of(xtts: Any) -> dict[str, Any]:
+    """The arguments of ``Xtts.inference`` that a checkpoint was made for."""
+    return {name: xtts.config[name] for name in _INFERENCE}
+
+
+def voice_of(xtts: Any, *, speaker: str | None = None, speaker_wav: Any = None) -> tuple[Tensor, Tensor]:
+    """Conditioning latents (1, 32, D) and speaker embedding (1, G, 1) of a voice.
+
+    Args:
+        xtts: the model, patched or not.
+        speaker: the name of a voice of the checkpoint's.
+        speaker_wav: a recording, or several of one voice.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    known = getattr(xtts.speaker_manager, "speakers", {})
+    if speaker is not None and speaker in known:
+        latents, embedding = known[speaker].values()
+        return latents, embedding
+    if speaker_wav is None:
+        there = ", ".join(map(repr, known)) or "none"
+        raise ValueError(
+            f"speaker={speaker!r} and no speaker_wav; expected a recording to speak like, or one of the checkpoint's "
+            f"speakers, of which there are: {there}"
+        )
+    settings = {argument: xtts.config[name] for name, argument in _CONDITIONING.items()}
+    latents, embedding = xtts.get_conditioning_latents(speaker_wav, **settings)
+    return latents, embedding

@@ -1,0 +1,435 @@
+"""The scheduler: rows of many calls decode together, and whoever waits for its own computes for all.
+
+There is no thread that computes. Of the callers that wait for codes one leads: it runs steps of all rows until it has
+what it waits for, and hands over to another that waits. So nothing is left behind by a model that goes, an interpreter
+that ends, or a process that forks, and a caller by itself computes in its own thread, as if there were no others.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+import weakref
+from collections import Counter, deque
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor
+
+from neuron_xtts.coqui.embeddings import embed_codes
+from neuron_xtts.decoding.batch import Batch, Parked
+from neuron_xtts.decoding.caller import CallerGone, caller
+from neuron_xtts.decoding.draws import DRAWS
+from neuron_xtts.decoding.row import Row, draw, ended
+from neuron_xtts.errors import Fallback, QueueFullError
+from neuron_xtts.report import BatchCounts
+from neuron_xtts.runner import Runner
+from neuron_xtts.turns import Urgency, later
+
+Step = tuple[Tensor, Tensor]  # a code (rows,) and its latents (rows, D) of every row
+
+# Codes of a stream that are made before they are asked for: coqui-tts's chunk, unless it is told otherwise.
+AHEAD = 20
+
+
+class Call:
+    """Rows that begin together, from the prefixes of one call of coqui-tts's, and end together.
+
+    Args:
+        rows: as many for each prefix, one prefix after another.
+        prefix: (B, P, D) embeddings.
+        identity: of what it is to be computed with (`Runner.identity`).
+        streamed: its steps are asked for one by one, and not made far ahead.
+        with_cache: its rows' keys and values are wanted.
+        urgency: of its next step.
+
+    Attributes:
+        steps: that were made, and that nobody took yet.
+        cache: of its rows when it is over, if wanted.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        prefix: Tensor,
+        identity: Hashable,
+        *,
+        streamed: bool = False,
+        with_cache: bool = False,
+        urgency: Urgency = later,
+    ) -> None:
+        self.rows = rows
+        self.prefix = prefix
+        self.identity = identity
+        self.streamed = streamed
+        self.with_cache = with_cache
+        self.urgency = urgency
+        self.made = time.monotonic()
+        self.steps: deque[Step] = deque()
+        self.cache: transformers.DynamicCache | None = None
+        self.codes: Tensor | None = None  # (rows,) drawn last
+        self.parked: list[Parked] = []
+        self.error: BaseException | None = None
+        self.over = False  # nothing more will be computed
+        self.given_up = False
+        self.waited_for = False
+        self.woken = threading.Event()
+
+    @property
+    def ready(self) -> bool:
+        """Whether its caller has nothing to wait for."""
+        return self.over or (self.streamed and bool(self.steps))
+
+    @property
+    def wants(self) -> bool:
+        """Whether another step is to be made for it."""
+        return not self.over and not self.given_up and (not self.streamed or len(self.steps) < AHEAD)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Nothing more will be computed."""
+        self.error = error
+        self.over = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Have its caller, if that waits, look what there is."""
+        if self.waited_for:
+            self.woken.set()
+
+
+class _Drawing(NamedTuple):
+    """A call that draws its next codes, by ``logits`` (rows, V), where its latents (rows, D) have been."""
+
+    call: Call
+    latents: Tensor
+    logits: Tensor
+
+
+class Scheduler:
+    """The batch of one model, and the calls whose rows are in it or wait to be.
+
+    Args:
+        runner: of the graphs.
+        queue: how many calls may wait.
+    """
+
+    def __init__(self, runner: Runner, queue: int) -> None:
+        self._runner = runner
+        self._most = queue
+        # Reentrant: a stream that nobody holds any more is closed wherever Python collects it.
+        self._lock = threading.RLock()
+        self._queue: list[Call] = []  # in the order in which they came
+        self._running: list[Call] = []  # have slots
+        self._leader: Call | None = None  # whose thread computes for all: it alone touches the batch
+        self._batch = Batch(runner)
+        self._identity: Hashable = None  # of what the rows in the batch are computed with
+        self._counts = BatchCounts()
+        _every.add(self)
+
+    def run(self, call: Call) -> list[Step]:
+        """All steps of a call, in whatever mode of torch the caller is.
+
+        Raises:
+            QueueFullError: too many calls wait.
+            Fallback: no bucket holds its rows.
+        """
+        with caller().may_go(partial(self._cancel, call)):
+            try:
+                self._begin(call)
+                self._wait(call)
+            finally:
+                self._give_up(call)
+        return list(call.steps)
+
+    def stream(self, call: Call) -> Iterator[Step]:
+        """The steps of a call, which begins when the first is asked for. Closed early, it makes room for others.
+
+        Raises:
+            QueueFullError: too many calls wait.
+            Fallback: no bucket holds its row.
+        """
+        with caller().may_go(partial(self._cancel, call)):
+            try:
+                self._begin(call)
+                while True:
+                    self._wait(call)
+                    if not call.steps:
+                        return
+                    codes, latents = call.steps.popleft()
+                    yield codes.clone(), latents.clone()  # in the caller's mode, and its own
+            finally:
+                self._give_up(call)
+
+    def counts(self) -> BatchCounts:
+        """What became of rows so far, and where they are now."""
+        with self._lock:
+            now: dict[str, Any] = {
+                "slots": self._batch.most,
+                "decoding": self._batch.rows,
+                "waiting": sum(call.wants for call in self._queue),
+            }
+            return replace(self._counts, **now, steps=Counter(self._counts.steps))
+
+    def _begin(self, call: Call) -> None:
+        # Such as more rows than there may be slots: told before anybody waits.
+        self._runner.buckets.choose("decode", len(call.rows), call.prefix.shape[1] + 1)
+        with self._lock:
+            waiting = sum(not other.parked for other in self._queue)
+            if waiting >= self._most + self._batch.free and not caller().patient:
+                raise QueueFullError(self._batch.most, self._most)
+            self._queue.append(call)
+
+    def _give_up(self, call: Call) -> None:
+        """Nobody wants more of a call: its rows leave before the next step, or now if there is none."""
+        if not call.over:
+            call.given_up = True
+            self._stop_leading(call)
+
+    def _cancel(self, call: Call) -> None:
+        """The same from another thread than that which waits for the call, and then waits no longer."""
+        call.error = CallerGone()
+        call.given_up = True
+        self._stop_leading(None)  # whose thread leads, if it does, goes on until it notices
+
+    def _wait(self, call: Call) -> None:
+        """Until the call is ready: another thread computes for it, or this one does for all."""
+        try:
+            while not call.ready:
+                with self._lock:
+                    if self._leader is None:
+                        self._leader = call
+                    leads = self._leader is call
+                    call.waited_for = not leads
+                    call.woken.clear()
+                if leads:
+                    self._lead(call)
+                elif not call.ready:
+                    call.woken.wait()
+        finally:
+            call.waited_for = False
+            self._stop_leading(call)
+        if call.error is not None:
+            raise call.error
+
+    def _lead(self, call: Call) -> None:
+        """Compute for all until a call is ready."""
+        with (
+            self._runner.turns.take(self._urgency, brief=call.streamed),
+            torch.inference_mode(),
+            torch.autocast("cpu", enabled=False),
+        ):
+            while not call.ready:
+                try:
+                    worked = self._tick()
+                except BaseException:
+                    # What was being computed is neither done nor undone.
+                    self._end_all(Fallback("the thread that computed for it was interrupted"))
+                    raise
+                if not worked and not call.ready:
+                    raise RuntimeError("no slot could be had")
+                if not call.ready:
+                    self._runner.turns.offer(self._urgency)
+
+    def _stop_leading(self, call: Call | None) -> None:
+        """Let another thread lead, if a call's did; if none does, have one that waits, and see to what was given up."""
+        waiting = None
+        with self._lock:
+            if self._leader is call:
+                self._leader = None
+            if self._leader is None:
+                self._drop()
+                calls = (*self._running, *self._queue)
+                waiting = next((other for other in calls if other.waited_for and not other.ready), None)
+        if waiting is not None:
+            waiting.woken.set()
+
+    def _urgency(self) -> float:
+        """Of the next step."""
+        return min((call.urgency() for call in (*self._running, *self._queue) if call.wants), default=later())
+
+    def _tick(self) -> bool:
+        """One prefill at most, and one step of whoever wants one; false if there was nothing to do."""
+        self._drop()
+        self._widen()
+        running = [call for call in self._running if call.wants]
+        joined = self._join()
+        if running:
+            self._step(running)
+        return joined or bool(running)
+
+    def _drop(self) -> None:
+        """Have calls leave that were given up, or that ended when somebody was interrupted."""
+        for call in [call for call in (*self._running, *self._queue) if call.given_up or call.over]:
+            self._end(call, call.error)
+
+    def _widen(self) -> None:
+        """Have the state hold the next position of every row; one for which there is no bucket leaves."""
+        while self._running:
+            try:
+                self._batch.widen()
+                return
+            except Exception as error:
+                longest = self._batch.longest()
+                self._end(next(call for call in self._running if longest in call.rows), error)
+
+    def _end(self, call: Call, error: BaseException | None = None) -> None:
+        """Let a call's rows go; nothing more will be computed for it."""
+        self._batch.release(call.rows)
+        call.parked = []
+        with self._lock:
+            for calls in (self._running, self._queue):
+                if call in calls:
+                    calls.remove(call)
+        call.end(error)
+
+    def _end_all(self, error: Exception) -> None:
+        """Let all go that have begun."""
+        for call in (*self._running, *self._queue):
+            if call in self._running or call.parked or any(row.slot is not None for row in call.rows):
+                self._end(call, error)
+
+    def _join(self) -> bool:
+        """Let the most pressing call that waits have slots, the earliest of those alike."""
+        waiting = [call for call in self._queue if call.wants]
+        if not waiting:
+            return False
+        call = min(waiting, key=lambda call: call.urgency())
+        if not self._has_room(call):
+            return False
+        self._identity = call.identity
+        began = time.monotonic()
+        try:
+            if call.parked:
+                if call.identity != self._runner.identity("decode"):
+                    raise Fallback("weights changed")  # and what was kept may be in the units of others
+                self._batch.bring_back(call.parked)
+                outputs = None
+            else:
+                outputs = self._batch.admit(call.rows, call.prefix)
+        except Exception as error:
+            self._end(call, error)
+            return True
+        with self._lock:
+            self._running.append(call)
+            self._queue.remove(call)
+            if outputs is not None:
+                self._counts.waited(began - call.made)
+        call.parked = []
+        if outputs is not None:
+            self._deliver([call], *outputs)
+        return True
+
+    def _has_room(self, call: Call) -> bool:
+        """Whether a call's rows find slots, if need be of streams that are far enough ahead.
+
+        Rows that are computed with other weights must have left: their state may hold copies of those.
+        """
+
+        def has_room() -> bool:
+            same = call.identity == self._identity or not self._batch.rows
+            return same and self._batch.has_room(len(call.rows))
+
+        for other in [other for other in self._running if not other.wants]:
+            if has_room():
+                break
+            other.parked = self._batch.park(other.rows)
+            with self._lock:
+                self._queue.append(other)
+                self._running.remove(other)
+        return has_room()
+
+    def _step(self, calls: Sequence[Call]) -> None:
+        """One step of the rows of some calls."""
+        gpt = self._runner.networks.gpt
+        rows = [row for call in calls for row in call.rows]
+        codes = torch.cat([call.codes for call in calls if call.codes is not None])
+        try:
+            outputs = self._batch.step(rows, embed_codes(gpt, codes, [row.drawn for row in rows]))
+            with self._lock:
+                self._counts.steps[len(rows)] += 1
+        except Exception as error:
+            if len(calls) == 1:
+                self._end(calls[0], error)
+            else:  # each by itself, to see which is at fault; the longest first, for which no bucket may be left
+                for call in sorted(calls, key=lambda call: -call.rows[0].position):
+                    self._step([call])
+        else:
+            self._deliver(calls, *outputs)
+
+    def _deliver(self, calls: Sequence[Call], latents: Tensor, logits: Tensor) -> None:
+        """Draw the next code of every row, for calls whose ``latents`` (rows, D) and ``logits`` (rows, V) these are."""
+        sizes = [len(call.rows) for call in calls]
+        drawing = []
+        parts = zip(calls, torch.split(latents, sizes), torch.split(logits, sizes), strict=True)
+        for call, its_latents, scores in parts:
+            if call.given_up:
+                continue
+            if math.isfinite(scores.sum()):
+                drawing.append(_Drawing(call, its_latents, scores))
+            else:
+                self._batch.clear(call.rows)  # for whoever has their slots next
+                self._end(call, Fallback("logits that are not finite"))
+        if drawing:
+            self._draw(drawing)
+
+    def _draw(self, drawing: Sequence[_Drawing]) -> None:
+        if any(call.rows[0].sampler.generator is None for call, _, _ in drawing):
+            DRAWS.note()
+        generators = {call.rows[0].sampler.generator for call, _, _ in drawing} - {None}
+        states = [(generator, generator.get_state()) for generator in generators if generator is not None]
+        try:
+            codes = draw([row for call, _, _ in drawing for row in call.rows], torch.cat([s for _, _, s in drawing]))
+        except Exception as error:
+            for generator, state in states:
+                generator.set_state(state)
+            if len(drawing) == 1:
+                self._end(drawing[0].call, error)
+            else:
+                for each in drawing:
+                    self._draw([each])
+            return
+        parts = torch.split(codes, [len(call.rows) for call, _, _ in drawing])
+        for (call, latents, _), its_codes in zip(drawing, parts, strict=True):
+            call.codes = its_codes
+            call.steps.append((its_codes, latents))
+            if ended(call.rows):
+                self._finish(call)
+            elif call.streamed:
+                call.wake()
+
+    def _finish(self, call: Call) -> None:
+        error = None
+        try:
+            if call.with_cache:
+                call.cache = self._batch.cache(call.rows)
+        except Exception as failure:
+            error = failure
+        self._end(call, error)
+
+    def forget(self) -> None:
+        """In a forked child: whoever leads, or called, is not there."""
+        began = (*self._running, *self._queue)
+        self._lock = threading.RLock()
+        self._queue, self._running, self._leader = [], [], None
+        self._batch = Batch(self._runner)
+        for call in began:
+            call.woken = threading.Event()
+            call.end(Fallback("it began in another process, of which this one is a fork"))
+
+
+_every: weakref.WeakSet[Scheduler] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for scheduler in list(_every):
+        scheduler.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)

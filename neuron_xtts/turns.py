@@ -1,0 +1,177 @@
+"""Turns: one thread computes at a time, and the most pressing of those that wait comes next.
+
+Threads that each run torch bring a team of threads each, which fight for the processors; and coqui-tts keeps the prefix
+of a generation on the model, and draws from torch's global generator. So whatever computes takes turns, in pieces as
+short as a graph's run, or in a whole call of coqui-tts's own where that cannot be cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from neuron_xtts.backends.host.threads import end_team
+
+Urgency = Callable[[], float]  # the smaller the more pressing; asked whenever a turn ends
+
+# Seconds for which a thread that has its turn again and again, and no other has, keeps its team in between.
+_ALONE = 10.0
+
+
+def now() -> float:
+    """The urgency of what nobody has heard anything of yet."""
+    return 0.0
+
+
+def later() -> float:
+    """The urgency of what can wait."""
+    return 2.0
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A thread that waits for its turn."""
+
+    urgency: Urgency
+    thread: int = field(default_factory=threading.get_ident)
+    go: threading.Event = field(default_factory=threading.Event)
+
+
+class Turns:
+    """Turns of the threads that compute with one model. A thread that has its turn may take it again inside."""
+
+    def __init__(self) -> None:
+        self._forget()
+        _every.add(self)
+
+    def _forget(self) -> None:
+        """Nobody has a turn, and nobody waits: in a forked child, where the threads that did are not."""
+        self._lock = threading.Lock()
+        self._waiting: list[_Waiting] = []  # in the order in which they came
+        self._owner: int | None = None
+        self._latest: int | None = None  # whose turn it was last
+        self._changed = -_ALONE  # when another thread than before had a turn
+        self._here = threading.local()
+
+    @property
+    def mine(self) -> bool:
+        """Whether it is this thread's turn."""
+        return self._owner == threading.get_ident()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody waits."""
+        return bool(self._waiting)
+
+    @contextlib.contextmanager
+    def take(self, urgency: Urgency | None = None, *, brief: bool = False) -> Iterator[None]:
+        """Wait for a turn, and have it for the length of a ``with`` block.
+
+        Args:
+            urgency: of this turn; by default what `pressing` says of this thread.
+            brief: this thread will soon have another one.
+        """
+        if self.mine:
+            yield
+            return
+        try:
+            self._wait(urgency or self._urgency)
+            yield
+        finally:
+            self._end(brief)
+
+    @contextlib.contextmanager
+    def pressing(self, urgency: Urgency) -> Iterator[None]:
+        """Have this thread's turns be so urgent for the length of a ``with`` block."""
+        before = self._urgency
+        self._here.urgency = urgency
+        try:
+            yield
+        finally:
+            self._here.urgency = before
+
+    def offer(self, urgency: Urgency) -> None:
+        """Inside of a turn: let somebody else have one first who is at least as pressing."""
+        if min((waiting.urgency() for waiting in list(self._waiting)), default=math.inf) > urgency():
+            return
+        self._end(brief=False, again=urgency)
+
+    def rest(self, *, brief: bool = False) -> None:
+        """Outside of a turn: this thread has run operators, and others may compute now.
+
+        Args:
+            brief: it will soon run more.
+        """
+        if not self.mine and not (brief and self._alone):
+            end_team()
+
+    @property
+    def _alone(self) -> bool:
+        """Whether only one thread has computed lately, and none waits."""
+        return not self._waiting and time.monotonic() - self._changed > _ALONE
+
+    @property
+    def _urgency(self) -> Urgency:
+        urgency: Urgency = getattr(self._here, "urgency", later)
+        return urgency
+
+    def _wait(self, urgency: Urgency) -> None:
+        waiting = _Waiting(urgency)
+        try:
+            with self._lock:
+                if self._owner is None:
+                    self._give_to(waiting.thread)
+                    return
+                self._waiting.append(waiting)
+            waiting.go.wait()
+        except BaseException:  # such as KeyboardInterrupt; a turn that has come meanwhile `take` ends
+            with self._lock:
+                if waiting in self._waiting:
+                    self._waiting.remove(waiting)
+            raise
+
+    def _end(self, brief: bool, again: Urgency | None = None) -> None:
+        """End this thread's turn; with ``again``, wait for another one of that urgency."""
+        if not self.mine:  # it was interrupted while it waited for it
+            return
+        try:
+            if not (brief and self._alone):
+                end_team()
+        finally:
+            with self._lock:
+                self._pass_on()
+        if again:
+            self._wait(again)
+
+    def _pass_on(self) -> None:
+        """Give the turn to the most pressing one that waits, the earliest of those alike."""
+        if not self._waiting:
+            self._owner = None
+            return
+        chosen = min(self._waiting, key=lambda waiting: waiting.urgency())
+        self._waiting.remove(chosen)
+        self._give_to(chosen.thread)
+        chosen.go.set()
+
+    def _give_to(self, thread: int) -> None:
+        if self._latest not in (thread, None):
+            self._changed = time.monotonic()
+        self._owner = self._latest = thread
+
+
+_every: weakref.WeakSet[Turns] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for turns in list(_every):
+        turns._forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)

@@ -1,0 +1,249 @@
+"""Many texts at once, and from asyncio: what is said is what coqui-tts says, and whoever goes takes it along."""
+
+import asyncio
+import gc
+import itertools
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import all_fallbacks, stop_after
+
+import neuron_xtts
+from neuron_xtts import BucketPlan, aio
+from neuron_xtts.decoding.batch import Batch
+from neuron_xtts.patching.patch import find_patch
+
+TEXTS = [f"song number {number}" + ", la" * (number % 4) for number in range(9)]
+
+
+@pytest.fixture
+def options(tts, reference):
+    """Of a call that says 24 codes."""
+    return {"language": "en", "speaker_wav": str(reference), "max_new_tokens": 30} | stop_after(
+        tts.synthesizer.tts_model, 24
+    )
+
+
+def own(model, texts, seed, options):
+    """What coqui-tts says of texts, one after another, with a seed each."""
+    found = []
+    for number, text in enumerate(texts):
+        torch.manual_seed(seed + number)
+        found.append(model.tts(text, **options) if hasattr(model, "tts") else model.synthesize(text, **options)["wav"])
+    return found
+
+
+def scheduler_of(model):
+    return find_patch(neuron_xtts.api.find_xtts(model)).dispatcher.context.scheduler
+
+
+def is_idle(model):
+    """Whether, within seconds, no row is left, and no thread of ours."""
+    for _ in range(500):
+        counts = scheduler_of(model).counts()
+        ours = [thread for thread in threading.enumerate() if thread.name.startswith(("speak_many", "neuron_xtts"))]
+        if not (counts.decoding or counts.waiting or ours):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def assert_said(ours, theirs):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=1e-5)
+        assert np.abs(np.asarray(b)).max() > 1e-3
+
+
+@pytest.mark.parametrize("which", ["TTS", "Synthesizer", "Xtts"])
+def test_speak_many(tts, options, which):
+    """In the order of the texts, each with the seed of its place, at once."""
+    model = {"TTS": tts, "Synthesizer": tts.synthesizer, "Xtts": tts.synthesizer.tts_model}[which]
+    if which == "Synthesizer":
+        options = {"speaker_name": None, "language_name": options.pop("language"), **options}
+    theirs = own(model, TEXTS, 5, options)
+    neuron_xtts.patch(tts, backend="cpu", strict=True, queue=0, buckets=BucketPlan(slots=(1, 2, 4)))
+    assert_said(list(neuron_xtts.speak_many(model, TEXTS, seed=5, progress=False, **options)), theirs)
+    assert max(neuron_xtts.report(tts).batch.steps) > 1
+    assert is_idle(tts)
+    assert all_fallbacks(tts) == {}
+
+
+def test_texts_without_end(tts, options):
+    """No more are taken than may be begun, and nothing is left when nobody wants more."""
+    taken = itertools.count()
+    neuron_xtts.patch(tts, backend="cpu", strict=True, buckets=BucketPlan(slots=(1, 2)))
+    said = neuron_xtts.speak_many(tts, (f"song {next(taken)}" for _ in itertools.count()), progress=False, **options)
+    assert len(next(said)) > 0
+    assert next(taken) == 4
+    said.close()
+    assert is_idle(tts)
+
+
+def test_a_text_that_cannot_be_said(tts, options):
+    """It raises in its place, and those behind it are not said."""
+    neuron_xtts.patch(tts, backend="cpu", buckets=BucketPlan(slots=(1, 2)))
+    said = neuron_xtts.speak_many(tts, [TEXTS[0], "la " * 500, *TEXTS], progress=False, **options)
+    assert len(next(said)) > 0
+    with pytest.raises(AssertionError, match="400 tokens"):
+        next(said)
+    assert next(said, None) is None
+    assert is_idle(tts)
+
+
+def test_the_bar(tts, options, capsys):
+    neuron_xtts.patch(tts, backend="cpu")
+    list(neuron_xtts.speak_many(tts, TEXTS[:2], **options))
+    assert "2/2" in capsys.readouterr().err
+
+
+def test_turned_off(tts, options, monkeypatch):
+    """One text after another, by coqui-tts, which serves no two threads at once."""
+    theirs = own(tts, TEXTS[:3], 5, options)
+    neuron_xtts.patch(tts, backend="cpu")
+    monkeypatch.setenv("NEURON_XTTS_DISABLE", "1")
+    assert_said(list(neuron_xtts.speak_many(tts, TEXTS[:3], seed=5, progress=False, **options)), theirs)
+
+
+def test_unpatched(tts, options):
+    with pytest.raises(ValueError, match=r"not patched.*neuron_xtts\.patch"):
+        neuron_xtts.speak_many(tts, TEXTS, **options)
+    with pytest.raises(ValueError, match="not patched"):
+        asyncio.run(aio.speak(tts, TEXTS[0], **options))
+    with pytest.raises(TypeError, match="got a str"):
+        neuron_xtts.speak_many("a model", TEXTS)
+
+
+def test_aio(tts, options):
+    """Tasks speak together, whole and in chunks, while the event loop goes on."""
+    theirs = own(tts, TEXTS, 5, options)
+    chunked = []
+    xtts = tts.synthesizer.tts_model
+    voice = xtts.get_conditioning_latents(options["speaker_wav"])
+    settings = {name: xtts.config[name] for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
+    codes = {name: options[name] for name in ("max_new_tokens", "min_new_tokens")}
+    for number, text in enumerate(TEXTS):
+        torch.manual_seed(5 + number)
+        chunked.append(list(xtts.inference_stream(text, "en", *voice, stream_chunk_size=7, **settings, **codes)))
+    neuron_xtts.patch(tts, backend="cpu", strict=True)
+    beats = []
+
+    async def beat():
+        while True:
+            beats.append(time.monotonic())
+            await asyncio.sleep(0.005)
+
+    async def in_chunks(number):
+        stream = aio.stream(tts, TEXTS[number], seed=5 + number, stream_chunk_size=7, **options)
+        return [chunk async for chunk in stream]
+
+    async def everything():
+        heart = asyncio.create_task(beat())
+        whole = [aio.speak(tts, text, seed=5 + number, **options) for number, text in enumerate(TEXTS)]
+        found = await asyncio.gather(*whole, *map(in_chunks, range(len(TEXTS))))
+        heart.cancel()
+        return found
+
+    found = asyncio.run(everything())
+    assert_said(found[: len(TEXTS)], theirs)
+    for ours, expected in zip(found[len(TEXTS) :], chunked, strict=True):
+        assert [len(chunk) for chunk in ours] == [len(chunk) for chunk in expected]
+        assert_said([torch.cat(ours)], [torch.cat(expected)])
+    assert len(beats) > 20
+    assert max(neuron_xtts.report(tts).batch.steps) > 4
+    assert is_idle(tts)
+    assert all_fallbacks(tts) == {}
+
+
+def at_step(monkeypatch, number, action):
+    """Have something happen when so many steps were made; returns how many were made until now."""
+    real, count = Batch.step, itertools.count()
+    made = []
+
+    def step(self, rows, embeds):
+        made.append(next(count))
+        if made[-1] == number:
+            action()
+        return real(self, rows, embeds)
+
+    monkeypatch.setattr(Batch, "step", step)
+    return made
+
+
+@pytest.mark.parametrize("how", ["speak", "stream"])
+def test_a_task_that_is_cancelled(tts, options, monkeypatch, how):
+    """Its row leaves before the next step, whoever computes; what speaks beside it goes on as it is."""
+    options["max_new_tokens"], options["min_new_tokens"] = 200, 199
+    neuron_xtts.patch(tts, backend="cpu", precision="int8")
+    beside = {**options, "max_new_tokens": 60, "min_new_tokens": 50, "seed": 3}
+    alone = tts.tts(TEXTS[1], **beside)
+
+    async def speak():
+        if how == "speak":
+            await aio.speak(tts, TEXTS[0], **options)
+        else:
+            async for _ in aio.stream(tts, TEXTS[0], stream_chunk_size=150, **options):
+                pass
+
+    async def cancel(other):
+        loop = asyncio.get_running_loop()
+        task = asyncio.create_task(speak())
+        made = at_step(monkeypatch, 10, lambda: loop.call_soon_threadsafe(task.cancel))
+        said = await aio.speak(tts, TEXTS[1], **beside) if other else None
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return said, len(made)
+
+    _, made = asyncio.run(cancel(other=False))
+    assert is_idle(tts)
+    assert made < 150
+    said, _ = asyncio.run(cancel(other=True))
+    np.testing.assert_array_equal(np.asarray(said), np.asarray(alone))
+    assert is_idle(tts)
+    assert all_fallbacks(tts) == {}
+
+
+def test_a_stream_that_is_left(tts, options):
+    """By break, or by forgetting it: its slot is free again."""
+    neuron_xtts.patch(tts, backend="cpu", strict=True)
+    options["max_new_tokens"], options["min_new_tokens"] = 200, 199
+
+    async def leave():
+        async for _ in aio.stream(tts, TEXTS[0], stream_chunk_size=5, **options):
+            break
+        gc.collect()
+        await asyncio.sleep(0.1)
+
+    asyncio.run(leave())
+    assert is_idle(tts)
+
+
+def test_a_queue_that_is_full(tts, options):
+    """Whoever comes too late is told so; nobody else is hurt."""
+    neuron_xtts.patch(tts, backend="cpu", strict=True, queue=1, buckets=BucketPlan(slots=(1,)))
+    options["max_new_tokens"], options["min_new_tokens"] = 100, 99
+
+    async def all_at_once():
+        calls = [aio.speak(tts, text, seed=1, **options) for text in TEXTS]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    found = asyncio.run(all_at_once())
+    refused = [result for result in found if isinstance(result, neuron_xtts.QueueFullError)]
+    said = [result for result in found if not isinstance(result, BaseException)]
+    assert refused
+    assert said
+    assert len(said) + len(refused) == len(TEXTS)
+
+
+def test_a_voice_that_is_not_named(tts):
+    neuron_xtts.patch(tts, backend="cpu")
+
+    async def speak():
+        async for _ in aio.stream(tts, "song", language="en", speaker="nobody"):
+            pass
+
+    with pytest.raises(ValueError, match="speaker='nobody' and no speaker_wav; expected a recording"):
+        asyncio.run(speak())

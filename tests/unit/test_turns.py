@@ -1,0 +1,169 @@
+"""Turns by themselves: one thread at a time, the most pressing next, and no team of threads left behind."""
+
+import os
+import threading
+import time
+
+import pytest
+import torch
+
+from neuron_xtts import turns as turns_module
+from neuron_xtts.backends.host.threads import end_team
+from neuron_xtts.turns import Turns, later, now
+
+
+@pytest.fixture
+def turns():
+    return Turns()
+
+
+def waiting(turns, count):
+    """Return once so many threads wait."""
+    for _ in range(1000):
+        if len(turns._waiting) == count:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"{len(turns._waiting)} wait")
+
+
+def queue_up(turns, *urgencies, order):
+    """Threads that wait for turns, and put down in which order they had them."""
+
+    def work(number, urgency):
+        with turns.take(urgency):
+            order.append(number)
+
+    threads = []
+    for number, urgency in enumerate(urgencies):
+        threads.append(threading.Thread(target=work, args=(number, urgency)))
+        threads[-1].start()
+        waiting(turns, number + 1)
+    return threads
+
+
+def test_the_most_pressing_is_next(turns):
+    order = []
+    with turns.take():
+        threads = queue_up(turns, later, lambda: 0.7, now, later, lambda: -1.0, now, order=order)
+        assert turns.wanted
+    for thread in threads:
+        thread.join(10)
+    assert order == [4, 2, 5, 1, 0, 3]
+    assert not turns.wanted
+    assert not turns.mine
+
+
+def test_a_turn_inside_of_a_turn(turns):
+    with turns.take(), turns.take(now):
+        assert turns.mine
+        with pytest.raises(ZeroDivisionError), turns.take():
+            raise ZeroDivisionError
+        assert turns.mine
+    assert not turns.mine
+
+
+def test_an_offer(turns):
+    """Is taken by whoever is at least as pressing, and gives the turn back."""
+    order = []
+    with turns.take():
+        threads = queue_up(turns, lambda: 0.5, later, order=order)
+        turns.offer(lambda: 0.1)
+        assert order == []
+        turns.offer(lambda: 0.5)
+        assert order == [0]
+        assert turns.mine
+        turns.offer(later)
+        assert order == [0, 1]
+    for thread in threads:
+        thread.join(10)
+
+
+def test_as_urgent_as_the_thread(turns):
+    order = []
+
+    def pressing():
+        with turns.pressing(now), turns.take():
+            order.append("pressing")
+
+    with turns.take():
+        threads = queue_up(turns, later, order=order)
+        threads.append(threading.Thread(target=pressing))
+        threads[-1].start()
+        waiting(turns, 2)
+    for thread in threads:
+        thread.join(10)
+    assert order == ["pressing", 0]
+
+
+class Interrupted(threading.Event):
+    def wait(self, timeout=None):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("offered", [False, True])
+def test_whoever_is_interrupted_while_it_waits(turns, monkeypatch, offered):
+    """Nobody else's turn is taken from it, and none is lost."""
+    order = []
+    began, go_on = threading.Event(), threading.Event()
+
+    def work():
+        with turns.take():
+            began.set()
+            go_on.wait(10)
+            order.append("worked")
+
+    def wait_in_vain():
+        if not offered:
+            thread.start()
+            began.wait(10)
+        with monkeypatch.context() as patching, turns.take() if offered else turns.pressing(now):
+            if offered:
+                thread.start()
+                waiting(turns, 1)
+            patching.setattr(turns_module, "_Waiting", lambda urgency: real(urgency, go=Interrupted()))
+            if offered:
+                turns.offer(later)
+            else:
+                turns.take().__enter__()
+
+    thread, real = threading.Thread(target=work), turns_module._Waiting
+    with pytest.raises(KeyboardInterrupt):
+        wait_in_vain()
+    began.wait(10)
+    assert not turns.wanted
+    assert turns._owner == thread.ident
+    go_on.set()
+    thread.join(10)
+    assert order == ["worked"]
+    with turns.take():
+        assert turns.mine
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux does")
+@pytest.mark.parametrize("how", ["by itself", "with a turn"])
+def test_no_team_is_left(turns, how):
+    """Not even that of a thread that goes on living."""
+    done, leave = threading.Event(), threading.Event()
+    counts = []
+
+    def work():
+        torch.set_num_threads(2)
+        x = torch.randn(600, 600)
+        x @ x
+        torch.exp(x)
+        counts.append(len(os.listdir("/proc/self/task")))
+        if how == "by itself":
+            end_team()
+        else:
+            with turns.take():
+                torch.exp(x)
+        counts.append(len(os.listdir("/proc/self/task")))
+        done.set()
+        leave.wait(10)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert done.wait(60)
+    leave.set()
+    thread.join()
+    assert counts[1] == counts[0] - 1
