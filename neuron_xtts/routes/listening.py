@@ -61,9 +61,9 @@ class Listening:
             for step in steps:
                 self._here.listener = listener
                 yield step
+            self._here.listener = listener  # of the rest of its audio
         finally:
             self._open.discard(listener)
-            self._here.listener = listener  # of the rest of its audio
 
     def vocode(self, make: Callable[[bool], Tensor], rate: int) -> Tensor:
         """Audio (B, 1, samples) of what this thread is at, from its first code on, made as soon as it is pressing.

@@ -128,6 +128,29 @@ def test_a_hook_on_a_linear_layer_is_called(xtts, voice):
     assert calls == [torch.float32] * 5
 
 
+@pytest.mark.parametrize("precision", REDUCED)
+@pytest.mark.parametrize("layer", ["mlp.c_fc", "attn.c_proj"])
+def test_numbers_that_a_precision_lacks(xtts, voice, precision, layer, caplog):
+    """What is not finite is not made into something that is; and what fp16 would cut off is computed as it is."""
+    options = {"max_new_tokens": 9, **stop_after(xtts, None)}
+    module = xtts.gpt.gpt.h[1].get_submodule(layer)
+    with torch.no_grad():
+        before = module.weight[3].clone()
+        module.weight[3] = float("nan")
+    neuron_xtts.patch(xtts, backend="cpu", precision=precision)
+    assert f"a linear layer keeps its weights, of which {'fp16' if precision == 'bf16' else 'int8'}" in caplog.text
+    with pytest.raises(RuntimeError, match="probability tensor"):  # coqui-tts's own error
+        speak(xtts, voice, **options)
+    assert fallbacks(xtts, "GPT.generate") == {"logits that are not finite": 1}
+    neuron_xtts.unpatch(xtts)
+    with torch.no_grad():
+        module.weight[3] = before * 1e7
+    theirs, _ = speak(xtts, voice, top_k=1, **options)
+    neuron_xtts.patch(xtts, backend="cpu", precision=precision, strict=True)
+    ours, _ = speak(xtts, voice, top_k=1, **options)
+    assert correlation(torch.tensor(ours["gpt_latents"]), torch.tensor(theirs["gpt_latents"])) > 0.99
+
+
 def test_weights_of_another_type(xtts, voice):
     """Nothing is converted, and calls fall back, at patch and under it."""
     xtts.gpt.double()

@@ -140,6 +140,9 @@ class Linears:
                     weight, bias = takes[layer].taken(weight, bias)
                 if layer in gives:
                     weight, bias = gives[layer].given(weight, bias)
+                if not _holds(self.kind, weight, bias):
+                    logger.warning("a linear layer keeps its weights, of which %s cannot hold some", self.kind)
+                    continue
                 packed = pack(self.kind, weight, bias, positive=layer in behind_activations and layer in takes)
                 self._converted[layer] = Converted(packed, takes.get(layer), gives.get(layer))
                 self.bytes += WEIGHT_BYTES[self.kind] * layer.weight.numel()
@@ -189,6 +192,13 @@ class Linears:
         """The units of the input of a layer that has an `argument`; None for those of the model."""
         converted = self._converted.get(module)
         return converted.takes if converted else None
+
+
+def _holds(kind: str, weight: Tensor, bias: Tensor) -> bool:
+    """Whether copies of a kind have the numbers of a layer: FBGEMM would put others in place of what fp16 lacks."""
+    largest = torch.finfo(torch.float16 if kind == "fp16" else torch.float32).max
+    bounds = torch.stack([*torch.aminmax(weight), *torch.aminmax(bias)])
+    return bool((bounds.abs() <= largest).all())  # false of NaN, too
 
 
 def _layers_to_convert(trunk: Trunk) -> list[Any]:
