@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
 
+from neuron_xtts.locks import Lock
 from neuron_xtts.tables import Table, html, table
 
 
@@ -92,7 +92,7 @@ class CallCounters:
 
     def __init__(self) -> None:
         self._routes: dict[str, RouteCounts] = {}
-        self._lock = threading.RLock()  # a stream that is collected anywhere is counted, too
+        self._lock = Lock()  # reentrant: a stream that is collected anywhere is counted, too
 
     def served(self, route: str, *, handed_over: bool = False) -> None:
         """Count a call that did not fall back, and whether its result was already there."""
@@ -127,7 +127,7 @@ class RunCounters:
 
     def __init__(self) -> None:
         self._graphs: dict[str, dict[str, GraphCounts]] = {}
-        self._lock = threading.RLock()  # a stream that is collected anywhere is counted, too
+        self._lock = Lock()  # reentrant: a stream that is collected anywhere is counted, too
 
     def count(self, graph: str, bucket: str, seconds: float, used: int, padded: int) -> None:
         """Count a run of a graph in a bucket, with what `GraphCounts` keeps of it."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -13,9 +14,9 @@ from tqdm import tqdm
 
 from neuron_xtts.coqui.find import find_xtts
 from neuron_xtts.coqui.voices import settings_of, voice_of
-from neuron_xtts.decoding.caller import Caller
-from neuron_xtts.patching.dispatch import disabled
+from neuron_xtts.decoding.caller import Caller, caller
 from neuron_xtts.patching.patch import Patch, find_patch
+from neuron_xtts.routes.seeds import generator_of
 
 #: What coqui-tts returns for a text: samples at 24 kHz, as a list or an array.
 Wav: TypeAlias = Any
@@ -27,16 +28,23 @@ def patch_of(model: object) -> Patch:
     Raises:
         ValueError: it has none; coqui-tts itself does not serve several threads.
     """
-    found = find_patch(find_xtts(model))
-    if found is None:
+    xtts = find_xtts(model)
+    found = find_patch(xtts)
+    if found is None or found.gone(xtts):
         raise ValueError(
-            "This model is not patched, and coqui-tts cannot say several texts at once: neuron_xtts.patch(model) first"
+            "This model is not patched, or not any more, and coqui-tts cannot say several texts at once: "
+            "neuron_xtts.patch(model) first"
         )
     return found
 
 
 def speak(model: Any, text: str, **options: Any) -> Wav:
-    """Say a text as coqui-tts does: by ``tts`` of a ``TTS`` or ``Synthesizer``, by ``synthesize`` of an ``Xtts``."""
+    """Say a text as coqui-tts does: by ``tts`` of a ``TTS`` or ``Synthesizer``, by ``synthesize`` of an ``Xtts``.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    patch_of(model)
     xtts: Any = find_xtts(model)
     if model is xtts:
         return xtts.synthesize(text, **options)["wav"]
@@ -50,6 +58,7 @@ def chunks(
     language: str,
     speaker: str | None = None,
     speaker_wav: Any = None,
+    voice_dir: Any = None,
     gpt_cond_latent: Tensor | None = None,
     speaker_embedding: Tensor | None = None,
     **options: Any,
@@ -57,11 +66,14 @@ def chunks(
     """Say a text chunk by chunk, by ``Xtts.inference_stream``, in a voice that is named in any of coqui-tts's ways.
 
     Raises:
-        ValueError: no voice is named.
+        ValueError: the model is not patched, or no voice is named.
     """
+    patch_of(model)
     xtts: Any = find_xtts(model)
     if gpt_cond_latent is None or speaker_embedding is None:
-        gpt_cond_latent, speaker_embedding = voice_of(xtts, speaker=speaker, speaker_wav=speaker_wav)
+        synthesizer = getattr(model, "synthesizer", model)
+        folder = voice_dir or getattr(synthesizer, "voice_dir", None)
+        gpt_cond_latent, speaker_embedding = voice_of(xtts, speaker=speaker, speaker_wav=speaker_wav, voice_dir=folder)
     options = settings_of(xtts) | options
     yield from xtts.inference_stream(text, language, gpt_cond_latent, speaker_embedding, **options)
 
@@ -69,35 +81,64 @@ def chunks(
 def speak_many(
     model: object, texts: Iterable[str], *, seed: int | None, progress: bool, options: dict[str, Any]
 ) -> Iterator[Wav]:
-    """See `neuron_xtts.speak_many`; the model is patched."""
-    at_once = 1 if disabled() else patch_of(model).dispatcher.context.scheduler.counts().slots
-    on_behalf = Caller(patient=True)
+    """See `neuron_xtts.speak_many`.
 
-    def say(number: int, text: str) -> Wav:
-        seeded = {} if seed is None else {"seed": seed + number}
-        with on_behalf.calls():
-            return speak(model, text, **seeded, **options)
+    Raises:
+        TypeError: ``texts`` are one text.
+        ValueError: the model is not patched, or the seed is none.
+    """
+    if isinstance(texts, str):
+        raise TypeError(f"texts is a str, {texts[:40]!r}; expected texts, such as [{texts[:40]!r}]")
+    generator_of(seed)
+    at_once = patch_of(model).dispatcher.context.scheduler.counts().slots
+    return _speak_many(model, texts, at_once, seed, progress, options)
 
+
+def _speak_many(
+    model: object, texts: Iterable[str], at_once: int, seed: int | None, progress: bool, options: dict[str, Any]
+) -> Iterator[Wav]:
+    on_behalf, process = Caller(patient=True), os.getpid()
     begun: deque[Future[Wav]] = deque()
     total = len(texts) if isinstance(texts, Sized) else None
-    with (
-        ThreadPoolExecutor(at_once, "speak_many") as pool,
-        tqdm(total=total, desc="speaking", unit="text", disable=not progress) as bar,
-        contextlib.ExitStack() as at_last,
-    ):
-        at_last.callback(_end, on_behalf, begun)
-        for number, text in enumerate(texts):
-            begun.append(pool.submit(say, number, text))
-            if len(begun) == 2 * at_once:
-                yield begun.popleft().result()
-                bar.update()
-        while begun:
-            yield begun.popleft().result()
-            bar.update()
+    numbered = enumerate(texts)
+    failure: Exception | None = None
+    try:
+        with tqdm(total=total, desc="speaking", unit="text", disable=not progress) as bar:
+            more = True
+            while more or begun:
+                if os.getpid() != process:
+                    raise RuntimeError("These texts are said in another process, of which this is a fork: begin anew")
+                if begun and (begun[0].done() or not more or len(begun) == 2 * at_once):
+                    yield begun.popleft().result()
+                    bar.update()
+                    continue
+                try:
+                    number, text = next(numbered)
+                except StopIteration:
+                    more = False
+                except Exception as error:  # once what was begun before is said
+                    more, failure = False, error
+                else:
+                    seeded = options if seed is None else {"seed": seed + number, **options}
+                    begun.append(_begin(on_behalf, model, text, seeded))
+        if failure is not None:
+            raise failure
+    finally:
+        # Without waiting: whoever closes this, or collects it, may be the thread that computes for all.
+        on_behalf.go()
 
 
-def _end(on_behalf: Caller, begun: Iterable[Future[Wav]]) -> None:
-    """Nobody takes what was begun."""
-    for future in begun:
-        future.cancel()
-    on_behalf.go()
+def _begin(on_behalf: Caller, model: object, text: str, options: dict[str, Any]) -> Future[Wav]:
+    """Say a text in a thread of its own."""
+    said: Future[Wav] = Future()
+
+    def work() -> None:
+        try:
+            with on_behalf.calls():
+                caller().check()
+                said.set_result(speak(model, text, **options))
+        except BaseException as error:
+            said.set_exception(error)
+
+    threading.Thread(target=work, name="speak_many").start()
+    return said

@@ -20,6 +20,9 @@ from neuron_xtts.backends.host.threads import end_team
 
 Urgency = Callable[[], float]  # the smaller the more pressing; asked whenever a turn ends
 
+# Seconds after which whoever waits looks by itself whether it is its turn: an interrupt may have come between a turn's
+# being passed on and the word of it.
+POLL = 0.5
 # Seconds for which a thread that has its turn again and again, and no other has, keeps its team in between.
 _ALONE = 10.0
 
@@ -80,11 +83,19 @@ class Turns:
         if self.mine:
             yield
             return
+        interrupt: BaseException | None = None
         try:
             self._wait(urgency or self._urgency)
             yield
         finally:
-            self._end(brief)
+            while True:  # though the user interrupts it: else nobody would ever have a turn again
+                try:
+                    self._end(brief)
+                    break
+                except KeyboardInterrupt as error:
+                    interrupt = error
+            if interrupt is not None:
+                raise interrupt
 
     @contextlib.contextmanager
     def pressing(self, urgency: Urgency) -> Iterator[None]:
@@ -123,18 +134,20 @@ class Turns:
 
     def _wait(self, urgency: Urgency) -> None:
         waiting = _Waiting(urgency)
+        with self._lock:
+            self._waiting.append(waiting)
         try:
-            with self._lock:
-                if self._owner is None:
-                    self._give_to(waiting.thread)
+            while True:
+                with self._lock:
+                    if self._owner is None:
+                        self._pass_on()
+                if self.mine:
                     return
-                self._waiting.append(waiting)
-            waiting.go.wait()
-        except BaseException:  # such as KeyboardInterrupt; a turn that has come meanwhile `take` ends
+                waiting.go.wait(POLL)
+        finally:  # after KeyboardInterrupt, too; a turn that has come meanwhile `take` ends
             with self._lock:
                 if waiting in self._waiting:
                     self._waiting.remove(waiting)
-            raise
 
     def _end(self, brief: bool, again: Urgency | None = None) -> None:
         """End this thread's turn; with ``again``, wait for another one of that urgency."""
@@ -155,14 +168,10 @@ class Turns:
             self._owner = None
             return
         chosen = min(self._waiting, key=lambda waiting: waiting.urgency())
-        self._waiting.remove(chosen)
-        self._give_to(chosen.thread)
-        chosen.go.set()
-
-    def _give_to(self, thread: int) -> None:
-        if self._latest not in (thread, None):
+        if self._latest not in (chosen.thread, None):
             self._changed = time.monotonic()
-        self._owner = self._latest = thread
+        self._owner = self._latest = chosen.thread
+        chosen.go.set()
 
 
 _every: weakref.WeakSet[Turns] = weakref.WeakSet()

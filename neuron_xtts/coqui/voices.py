@@ -22,13 +22,17 @@ def settings_of(xtts: Any) -> dict[str, Any]:
     return {name: xtts.config[name] for name in _INFERENCE}
 
 
-def voice_of(xtts: Any, *, speaker: str | None = None, speaker_wav: Any = None) -> tuple[Tensor, Tensor]:
+def voice_of(
+    xtts: Any, *, speaker: str | None = None, speaker_wav: Any = None, voice_dir: Any = None
+) -> tuple[Tensor, Tensor]:
     """Conditioning latents (1, 32, D) and speaker embedding (1, G, 1) of a voice.
 
     Args:
         xtts: the model, patched or not.
-        speaker: the name of a voice of the checkpoint's.
+        speaker: the name of a voice of the checkpoint's, or of one in ``voice_dir``; or that a recording is to be kept
+            by there.
         speaker_wav: a recording, or several of one voice.
+        voice_dir: folder of voices that coqui-tts keeps.
 
     Raises:
         ValueError: it is neither.
@@ -37,12 +41,12 @@ def voice_of(xtts: Any, *, speaker: str | None = None, speaker_wav: Any = None) 
     if speaker is not None and speaker in known:
         latents, embedding = known[speaker].values()
         return latents, embedding
-    if speaker_wav is None:
+    if speaker_wav is None and (speaker is None or voice_dir is None):
         there = ", ".join(map(repr, known)) or "none"
         raise ValueError(
-            f"speaker={speaker!r} and no speaker_wav; expected a recording to speak like, or one of the checkpoint's "
-            f"speakers, of which there are: {there}"
+            f"speaker={speaker!r} and no speaker_wav; expected a recording to speak like, a speaker in a voice_dir, or "
+            f"one of the checkpoint's speakers, of which there are: {there}"
         )
     settings = {argument: xtts.config[name] for name, argument in _CONDITIONING.items()}
-    latents, embedding = xtts.get_conditioning_latents(speaker_wav, **settings)
-    return latents, embedding
+    voice = xtts.clone_voice(speaker_wav, speaker, voice_dir, **settings)
+    return voice["gpt_conditioning_latents"], voice["speaker_embedding"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
@@ -18,10 +19,12 @@ class Caller:
 
     Args:
         patient: waits, however many others do.
+        leaves: may go; false of a thread that calls for itself.
     """
 
-    def __init__(self, *, patient: bool = False) -> None:
+    def __init__(self, *, patient: bool = False, leaves: bool = True) -> None:
         self.patient = patient
+        self._leaves = leaves
         self._gone = False
         self._cancels: set[Cancel] = set()
 
@@ -51,12 +54,12 @@ class Caller:
             cancel()
 
     def check(self) -> None:
-        """Raise `CallerGone` if it has gone."""
-        if self._gone:
+        """Raise `CallerGone` if it has gone, as all have when the interpreter ends."""
+        if self._gone or (self._leaves and not threading.main_thread().is_alive()):
             raise CallerGone
 
 
-_caller: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B039 - never goes
+_caller: ContextVar[Caller] = ContextVar("caller", default=Caller(leaves=False))  # noqa: B039
 
 
 def caller() -> Caller:

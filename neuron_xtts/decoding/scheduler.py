@@ -30,7 +30,7 @@ from neuron_xtts.decoding.row import Row, draw, ended
 from neuron_xtts.errors import Fallback, QueueFullError
 from neuron_xtts.report import BatchCounts
 from neuron_xtts.runner import Runner
-from neuron_xtts.turns import Urgency, later
+from neuron_xtts.turns import POLL, Urgency, later
 
 Step = tuple[Tensor, Tensor]  # a code (rows,) and its latents (rows, D) of every row
 
@@ -180,16 +180,18 @@ class Scheduler:
         # Such as more rows than there may be slots: told before anybody waits.
         self._runner.buckets.choose("decode", len(call.rows), call.prefix.shape[1] + 1)
         with self._lock:
-            waiting = sum(not other.parked for other in self._queue)
-            if waiting >= self._most + self._batch.free and not caller().patient:
+            waiting = sum(not other.parked and not other.given_up for other in self._queue)
+            idle = sum(len(other.rows) for other in self._running if not other.wants)
+            if waiting >= self._most + self._batch.free + idle and not caller().patient:
                 raise QueueFullError(self._batch.most, self._most)
             self._queue.append(call)
 
     def _give_up(self, call: Call) -> None:
         """Nobody wants more of a call: its rows leave before the next step, or now if there is none."""
         if not call.over:
-            call.given_up = True
-            self._stop_leading(call)
+            with self._lock:  # not while it draws from the global generator, which the next call may then have
+                call.given_up = True
+        self._stop_leading(call)
 
     def _cancel(self, call: Call) -> None:
         """The same from another thread than that which waits for the call, and then waits no longer."""
@@ -201,8 +203,9 @@ class Scheduler:
         """Until the call is ready: another thread computes for it, or this one does for all."""
         try:
             while not call.ready:
+                caller().check()
                 with self._lock:
-                    if self._leader is None:
+                    if self._leader is None or self._leader.over:  # nobody leads, or was interrupted as it ended
                         self._leader = call
                     leads = self._leader is call
                     call.waited_for = not leads
@@ -210,7 +213,7 @@ class Scheduler:
                 if leads:
                     self._lead(call)
                 elif not call.ready:
-                    call.woken.wait()
+                    call.woken.wait(POLL)
         finally:
             call.waited_for = False
             self._stop_leading(call)
@@ -229,10 +232,11 @@ class Scheduler:
                     worked = self._tick()
                 except BaseException:
                     # What was being computed is neither done nor undone.
-                    self._end_all(Fallback("the thread that computed for it was interrupted"))
+                    self._end_all()
                     raise
                 if not worked and not call.ready:
                     raise RuntimeError("no slot could be had")
+                caller().check()
                 if not call.ready:
                     self._runner.turns.offer(self._urgency)
 
@@ -288,11 +292,11 @@ class Scheduler:
                     calls.remove(call)
         call.end(error)
 
-    def _end_all(self, error: Exception) -> None:
-        """Let all go that have begun."""
+    def _end_all(self) -> None:
+        """Let all fall back that have begun: whoever computed for them was interrupted."""
         for call in (*self._running, *self._queue):
             if call in self._running or call.parked or any(row.slot is not None for row in call.rows):
-                self._end(call, error)
+                self._end(call, Fallback("the thread that computed for it was interrupted"))
 
     def _join(self) -> bool:
         """Let the most pressing call that waits have slots, the earliest of those alike."""
@@ -335,10 +339,17 @@ class Scheduler:
             same = call.identity == self._identity or not self._batch.rows
             return same and self._batch.has_room(len(call.rows))
 
+        urgency, others_go_on = call.urgency(), any(other.wants for other in self._running)
         for other in [other for other in self._running if not other.wants]:
             if has_room():
                 break
-            other.parked = self._batch.park(other.rows)
+            if others_go_on and not call.streamed and other.urgency() <= urgency:
+                continue  # it would get its slot back when a whole call ends: let this one wait for that
+            try:
+                other.parked = self._batch.park(other.rows)
+            except Exception as error:
+                self._end(other, error)
+                continue
             with self._lock:
                 self._queue.append(other)
                 self._running.remove(other)
@@ -379,10 +390,16 @@ class Scheduler:
             self._draw(drawing)
 
     def _draw(self, drawing: Sequence[_Drawing]) -> None:
-        if any(call.rows[0].sampler.generator is None for call, _, _ in drawing):
+        with self._lock:  # a call that is given up has ended its claim on the global generator
+            drawing = [each for each in drawing if not each.call.given_up]
+            if drawing:
+                self._draw_now(drawing)
+
+    def _draw_now(self, drawing: Sequence[_Drawing]) -> None:
+        generators = {call.rows[0].sampler.generator or torch.default_generator for call, _, _ in drawing}
+        if torch.default_generator in generators:
             DRAWS.note()
-        generators = {call.rows[0].sampler.generator for call, _, _ in drawing} - {None}
-        states = [(generator, generator.get_state()) for generator in generators if generator is not None]
+        states = [(generator, generator.get_state()) for generator in generators]
         try:
             codes = draw([row for call, _, _ in drawing for row in call.rows], torch.cat([s for _, _, s in drawing]))
         except Exception as error:

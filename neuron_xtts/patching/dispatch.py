@@ -81,8 +81,11 @@ class Dispatcher:
 
     def _whole(self, name: str, graphs: Call, own: Call, claim: Claim | None) -> object:
         """A result at once."""
-        if self._disabled(name) or getattr(self._here, "falls_back", False):  # inside a method of coqui-tts's own
+        if getattr(self._here, "falls_back", False):  # inside a method of coqui-tts's own
             return own()
+        if self._disabled(name):
+            with self._falling_back():
+                return own()
         with claim or contextlib.nullcontext(), self._timed(name):
             with contextlib.suppress(_FellBack), self._attempt(name, claim):
                 return self._served(name, graphs())
@@ -94,7 +97,7 @@ class Dispatcher:
         try:
             theirs: Iterator[object] = own()
             if self._disabled(name):
-                return theirs
+                return self._theirs(theirs, claim)
             with contextlib.suppress(_FellBack), self._attempt(name, claim):
                 return self._stream(name, graphs(), theirs, claim)
             return self._theirs(theirs, claim)
@@ -171,7 +174,7 @@ class Dispatcher:
             if reason is not None:
                 if self.counters.fell_back(name, reason):
                     logger.warning("%s: a voice is not remembered: %s", name, reason)
-                with contextlib.nullcontext() if reason == _DISABLED else self._turns.take():
+                with self._turns.take():
                     return own()
             known = memo.find(found)
             if known is not None:
@@ -187,7 +190,7 @@ class Dispatcher:
 
     def _noted(self, name: str, method: Call, own: Call, claim: None) -> object:
         """What the method itself gives; nothing is counted. Not while a call is served that relies on its effects."""
-        with contextlib.nullcontext() if disabled() else self._turns.take(now):
+        with self._turns.take(now):
             return method()
 
     @staticmethod

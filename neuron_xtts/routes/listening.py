@@ -62,6 +62,10 @@ class Listening:
                 self._here.listener = listener
                 yield step
             self._here.listener = listener  # of the rest of its audio
+        except GeneratorExit:
+            if getattr(self._here, "listener", None) is listener:
+                self._here.listener = None
+            raise
         finally:
             self._open.discard(listener)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from neuron_xtts.coqui.surface import Gpt
 from neuron_xtts.coqui.weights import Stamp, stamp
+from neuron_xtts.locks import Lock
 
 # Bytes to remember, choices of ours: of latents, which threads have between generating and asking for them, 2.5 MB for
 # 600 codes; and of frames and audio, 13 MB for a stream of as many.
@@ -31,7 +31,7 @@ class LatentsMemo:
 
     def __init__(self, size: int = _LATENTS_BYTES) -> None:
         self._size = size
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._entries: deque[tuple[Stamp, tuple[Tensor, ...], Tensor]] = deque()
 
     def store(self, gpt: Gpt, cond_latents: Tensor, text_inputs: Tensor, codes: Tensor, latents: Tensor) -> None:
@@ -84,7 +84,7 @@ class AudioMemo:
     def __init__(self, halo: int, size: int = _AUDIO_BYTES) -> None:
         self._halo = halo
         self._size = size
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._entries: deque[Vocoded] = deque()
 
     def complete(self, frames: Tensor, speaker: Tensor, vocoder: Hashable, vocode: Vocode) -> tuple[Tensor, bool]:
@@ -151,7 +151,7 @@ class VoiceMemo:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._known: OrderedDict[Hashable, Voice] = OrderedDict()
 
     def find(self, key: Hashable) -> Voice | None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from neuron_xtts.coqui.surface import HifiDecoder
 from neuron_xtts.coqui.weights import stamp, tensors_of
+from neuron_xtts.decoding.caller import caller
 from neuron_xtts.errors import Fallback
 from neuron_xtts.routes.base import Context, HandedOver, check_fp32
 from neuron_xtts.runner import Runner
@@ -91,6 +92,7 @@ def _windows(runner: Runner, frames: Tensor, speaker: Tensor, start: int, short:
     if sizes:
         sizes = tuple(size for size in sizes if size <= longest or size == sizes[0])
     while start < total:
+        caller().check()
         first = max(start - halo, 0)
         size = min(total - first, longest)
         if sizes is not None:

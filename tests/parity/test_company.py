@@ -1,10 +1,13 @@
 """Many callers at once: each gets what it gets alone, whoever joins, leaves, fails or goes away beside it."""
 
+import contextlib
 import copy
 import gc
 import os
 import random
+import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -320,6 +323,7 @@ def test_whoever_computes_is_interrupted(xtts, voice, monkeypatch):
     monkeypatch.setattr(Batch, "step", step)
     found = together(*(request.whole for request in requests))
     assert sum(isinstance(result, KeyboardInterrupt) for result in found) == 1
+    assert all_fallbacks(xtts) == {"GPT.generate": {"the thread that computed for it was interrupted": 2}}
     for ours, theirs in zip(found, own, strict=True):
         if not isinstance(ours, KeyboardInterrupt):
             assert torch.equal(ours[0], theirs)
@@ -581,6 +585,70 @@ def test_a_fallback_does_not_wait_for_long_calls(xtts, voice):
     for ours, theirs in zip(found, alone, strict=True):
         assert_alike(ours, theirs, exact=True)
     assert fallbacks(xtts, "GPT.generate") == {"argument typical_p": 1}
+
+
+def test_a_stream_keeps_its_slot_beside_whole_calls(xtts, voice):
+    """Else it would have it again when one of these ends, and run dry."""
+    stop_after(xtts, None)
+    neuron_xtts.patch(xtts, backend="cpu", precision="int8", buckets=BucketPlan(slots=(1, 2)), strict=True)
+    whole = [Request(xtts, voice, seed, max_new_tokens=100) for seed in range(3)]
+    stream = Request(xtts, voice, 9, do_sample=True, max_new_tokens=60)
+    alone = stream.whole()
+    parked, real = [], Batch.park
+    Batch.park = lambda self, rows: parked.append(rows) or real(self, rows)
+    try:
+
+        def slowly():
+            found = []
+            for step in stream.steps():
+                found.append(step)
+                time.sleep(0.01)
+            codes, latents = zip(*found, strict=True)
+            return torch.stack(codes, 1), torch.stack(latents, 1)
+
+        *_, ours = together(*(request.whole for request in whole), slowly)
+    finally:
+        Batch.park = real
+    assert_alike(ours, alone, exact=True)
+    assert parked == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_finds_locks_open(xtts, voice):
+    """Whoever held them at the fork is not there."""
+    stop_after(xtts, None)
+    torch.set_num_threads(1)  # or torch itself hangs in a child
+    try:
+        neuron_xtts.patch(xtts, backend="cpu")
+        request = Request(xtts, voice, 1, max_new_tokens=5)
+        theirs = request.whole()[0]
+        context = find_patch(xtts).dispatcher.context
+        locks = [
+            find_patch(xtts).dispatcher.counters._lock, context.runner.counters._lock, context.latents._lock,
+            context.audio._lock, *(memo._lock for memo in context.voices.values()),
+        ]  # fmt: skip
+        held, done = threading.Event(), threading.Event()
+
+        def hold():
+            with contextlib.ExitStack() as stack:
+                for lock in locks:
+                    stack.enter_context(lock)
+                held.set()
+                done.wait(60)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        held.wait(60)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            os._exit(0 if torch.equal(request.whole()[0], theirs) else 1)
+        status = os.waitpid(child, 0)[1]
+        done.set()
+        thread.join()
+        assert status == 0
+    finally:
+        torch.set_num_threads(2)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -3,6 +3,8 @@
 import asyncio
 import gc
 import itertools
+import subprocess
+import sys
 import threading
 import time
 
@@ -106,6 +108,136 @@ def test_turned_off(tts, options, monkeypatch):
     neuron_xtts.patch(tts, backend="cpu")
     monkeypatch.setenv("NEURON_XTTS_DISABLE", "1")
     assert_said(list(neuron_xtts.speak_many(tts, TEXTS[:3], seed=5, progress=False, **options)), theirs)
+
+
+def test_turned_off_in_company(tts, options, monkeypatch):
+    """coqui-tts serves whatever tasks ask at once, one at a time."""
+    theirs = own(tts, TEXTS[:4], 5, options)
+    neuron_xtts.patch(tts, backend="cpu")
+    monkeypatch.setenv("NEURON_XTTS_DISABLE", "1")
+
+    async def everything():
+        return await asyncio.gather(
+            *(aio.speak(tts, text, seed=5 + number, **options) for number, text in enumerate(TEXTS[:4]))
+        )
+
+    assert_said(asyncio.run(everything()), theirs)
+
+
+def test_unpatched_meanwhile(tts, options):
+    """What has begun ends; what has not is refused, since coqui-tts itself serves no two threads at once."""
+    theirs = own(tts, TEXTS, 5, options)
+    neuron_xtts.patch(tts, backend="cpu", buckets=BucketPlan(slots=(1, 2)))
+    said = neuron_xtts.speak_many(tts, TEXTS, seed=5, progress=False, **options)
+    found = [next(said)]
+    neuron_xtts.unpatch(tts)
+    with pytest.raises(ValueError, match="not patched, or not any more"):
+        found.extend(said)
+    assert 1 <= len(found) < len(TEXTS)
+    assert_said(found, theirs[: len(found)])
+
+
+def test_collected_by_whoever_computes(tts, options):
+    """Texts that nobody wants any more end, though the thread that lets them go is the one that computes for them."""
+    neuron_xtts.patch(tts, backend="cpu", strict=True, buckets=BucketPlan(slots=(1, 2, 4)))
+    cycle = [neuron_xtts.speak_many(tts, TEXTS, progress=False, **options)]
+    next(cycle[0])
+    cycle.append(cycle)
+    scheduler = scheduler_of(tts)
+    real, count = scheduler._tick, itertools.count()
+
+    def tick():
+        if next(count) == 3:
+            gc.collect()
+        return real()
+
+    scheduler._tick = tick
+    del cycle
+    result = threading.Thread(target=lambda: tts.tts(TEXTS[0], **options), daemon=True)
+    result.start()
+    result.join(60)
+    assert not result.is_alive(), "they wait for each other"
+    assert is_idle(tts)
+
+
+def test_what_texts_are_not(tts, options):
+    neuron_xtts.patch(tts, backend="cpu")
+    with pytest.raises(TypeError, match=r"texts is a str, 'Hi\.'; expected texts, such as \['Hi\.'\]"):
+        neuron_xtts.speak_many(tts, "Hi.", **options)
+    with pytest.raises(ValueError, match="seed='7'; expected a whole number"):
+        neuron_xtts.speak_many(tts, TEXTS, seed="7", **options)
+
+    def lines():
+        yield from TEXTS[:2]
+        raise OSError("the file is gone")
+
+    said = neuron_xtts.speak_many(tts, lines(), progress=False, **options)
+    assert [len(next(said)) > 0 for _ in range(2)] == [True, True]
+    with pytest.raises(OSError, match="the file is gone"):
+        next(said)
+
+
+def test_cancelled_while_it_is_vocoded(tts, options, monkeypatch):
+    """No further window is made."""
+    stop_after(tts.synthesizer.tts_model, None)
+    options = {**options, "max_new_tokens": 200, "min_new_tokens": 0}
+    neuron_xtts.patch(tts, backend="cpu", buckets=BucketPlan(vocoder=(64,)))
+    runner = find_patch(tts.synthesizer.tts_model).runner
+    real, made = runner.run, []
+
+    async def cancel():
+        loop = asyncio.get_running_loop()
+        task = asyncio.create_task(aio.speak(tts, TEXTS[0], **options))
+
+        def run(graph, *arguments):
+            if graph == "vocoder":
+                made.append(graph)
+                loop.call_soon_threadsafe(task.cancel)
+                time.sleep(0.2)
+            return real(graph, *arguments)
+
+        monkeypatch.setattr(runner, "run", run)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancel())
+    assert is_idle(tts)
+    assert len(made) == 1
+
+
+@pytest.mark.slow
+def test_the_end_of_the_interpreter(tmp_path):
+    """Nobody waits for what is still being said."""
+    program = f"""
+import torch
+from pathlib import Path
+import neuron_xtts
+from neuron_xtts import speaking
+from neuron_xtts.coqui.models import random_tts
+from neuron_xtts.tools.recordings import write_reference
+
+folder = Path({str(tmp_path)!r})
+write_reference(folder / "voice.wav", seconds=3)
+tts = neuron_xtts.patch(random_tts(folder, small=True), backend="cpu")
+with torch.no_grad():
+    tts.synthesizer.tts_model.gpt.mel_head.bias[1025] = -1e4
+options = dict(language="en", speaker_wav=str(folder / "voice.wav"), progress=False)
+said = neuron_xtts.speak_many(tts, ["la" + " la" * i for i in range(40)], max_new_tokens=200, **options)
+real = speaking.speak
+
+def speak(*arguments, **options):
+    real(*arguments, **options)
+    print("said", flush=True)
+
+speaking.speak = speak
+next(said)
+print("end", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    _, _, after = done.stdout.partition("end")
+    assert done.stdout.count("said") >= 1
+    assert after.count("said") < 16  # of dozens that had begun, as many at once
 
 
 def test_unpatched(tts, options):
@@ -241,9 +373,11 @@ def test_a_queue_that_is_full(tts, options):
 def test_a_voice_that_is_not_named(tts):
     neuron_xtts.patch(tts, backend="cpu")
 
-    async def speak():
-        async for _ in aio.stream(tts, "song", language="en", speaker="nobody"):
+    async def speak(model, **options):
+        async for _ in aio.stream(model, "song", language="en", **options):
             pass
 
     with pytest.raises(ValueError, match="speaker='nobody' and no speaker_wav; expected a recording"):
-        asyncio.run(speak())
+        asyncio.run(speak(tts.synthesizer.tts_model, speaker="nobody"))
+    with pytest.raises(FileNotFoundError, match="nobody"):  # coqui-tts's own error, of the folder of voices that it has
+        asyncio.run(speak(tts, speaker="nobody"))

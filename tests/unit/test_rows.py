@@ -299,6 +299,24 @@ def test_changed_weights():
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_no_memory_to_grow(monkeypatch):
+    """What is held stays, all of it."""
+    state, _ = states(decode_graph(2, 8, 2), "fp32", 2, 8)
+    before = state._slots, state._keys, state._values
+    real, calls = rows.lazy_zeros, []
+
+    def lazy_zeros(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError(12, "Cannot allocate memory")
+        return real(*arguments)
+
+    monkeypatch.setattr(rows, "lazy_zeros", lazy_zeros)
+    with pytest.raises(OSError, match="Cannot allocate"):
+        state.grow(32, 400, [0, 0])
+    assert all(a is b for a, b in zip((state._slots, state._keys, state._values), before, strict=True))
+
+
 def test_what_is_tried_draws_nothing():
     """What kernels do with rows is found out in the midst of somebody's codes."""
     kernels._group.cache_clear()

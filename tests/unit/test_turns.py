@@ -1,6 +1,8 @@
 """Turns by themselves: one thread at a time, the most pressing next, and no team of threads left behind."""
 
+import contextlib
 import os
+import sys
 import threading
 import time
 
@@ -167,3 +169,60 @@ def test_no_team_is_left(turns, how):
     leave.set()
     thread.join()
     assert counts[1] == counts[0] - 1
+
+
+class InterruptedAt:
+    """Raises KeyboardInterrupt in this thread as it enters a function of turns.py for the ``number``-th time."""
+
+    def __init__(self, number):
+        self.number = number
+        self.came = False
+
+    def __enter__(self):
+        sys.setprofile(self.event)
+        return self
+
+    def event(self, frame, event, argument):
+        if event == "call" and frame.f_code.co_filename in (turns_module.__file__, threading.__file__):
+            self.number -= 1
+            if self.number == 0:
+                self.came = True
+                raise KeyboardInterrupt
+
+    def __exit__(self, *error):
+        sys.setprofile(None)
+
+
+def test_interrupts_anywhere(turns):
+    """Wherever in a turn one comes, the next thread has its turn, and this one may have another."""
+    ours, theirs = threading.Event(), threading.Event()
+    count = 0
+
+    def other():
+        while True:
+            ours.wait()
+            ours.clear()
+            if count is None:
+                return
+            with turns.take(lambda: 1.0):
+                pass
+            theirs.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    for number in range(1, 200):
+        count = number
+        ours.set()
+        interrupt = InterruptedAt(number)
+        with contextlib.suppress(KeyboardInterrupt), interrupt, turns.take(lambda: 0.5):
+            turns.offer(lambda: 2.0)
+        assert theirs.wait(20), f"nobody has a turn after an interrupt at call {number}"
+        theirs.clear()
+        assert not turns.mine
+        if not interrupt.came:
+            break
+    assert 10 < number < 199, number
+    count = None
+    ours.set()
+    thread.join(10)
+    assert not turns.wanted

@@ -140,6 +140,9 @@ class HostState:
     def grow(self, slots: int, capacity: int, positions: Sequence[int]) -> None:
         """See `DecodeState.grow`."""
         blocks, rows, heads, held, channels = self._data.shape
+        if slots <= rows and capacity <= held:
+            return
+        slots = max(slots, rows)
         grown = lazy_zeros((blocks, slots, heads, rounded(max(capacity, held), slots), channels), self._data.dtype)
         grown[:, :rows, :, :held] = self._data
         self._data = grown

@@ -84,15 +84,15 @@ class Rows:
         self._behind_activations = [units and tuple(units) for units in map(linears.takes, _last_layers(decode))]
         self._one, self._several = _programs(linears.kind)
         self._dtype = torch.float32 if linears.kind == "fp32" else torch.float16
-        self._slots = max(slots, _SLOTS)
-        self._allocate(positions)
+        self._allocate(max(slots, _SLOTS), positions)
 
-    def _allocate(self, positions: int) -> None:
+    def _allocate(self, slots: int, positions: int) -> None:
         _, heads, _, channels = self._decode.cache_shape(1, 1)
         blocks, chunks = len(self._decode.trunk.h), rounded(positions) // WIDTH
         # Zeros, since what a slot holds before it is written must be finite.
-        self._keys = lazy_zeros((blocks, self._slots, heads, chunks, channels, WIDTH), self._dtype)
-        self._values = lazy_zeros((blocks, self._slots, heads, chunks * WIDTH, channels), self._dtype)
+        keys = lazy_zeros((blocks, slots, heads, chunks, channels, WIDTH), self._dtype)
+        values = lazy_zeros((blocks, slots, heads, chunks * WIDTH, channels), self._dtype)
+        self._slots, self._keys, self._values = slots, keys, values  # all of it, or nothing if there is no memory
         # Where, in tables of W and K columns, the rows of each head of the first slot are.
         self._chunk_rows = torch.arange(heads * chunks * channels).view(heads, -1)
         self._position_rows = torch.arange(heads * chunks * WIDTH).view(heads, -1)
@@ -117,8 +117,7 @@ class Rows:
         if slots <= self._slots and capacity <= self.capacity:
             return
         lifted = [self.lift(slot, length) for slot, length in enumerate(positions)]
-        self._slots = max(self._slots, slots)
-        self._allocate(max(self.capacity, capacity))
+        self._allocate(max(self._slots, slots), max(self.capacity, capacity))
         for slot, (contents, length) in enumerate(zip(lifted, positions, strict=True)):
             self.put(slot, contents, length)
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import neuron_xtts
 from neuron_xtts.coqui.constants import CODE_RATE, OUTPUT_RATE, SAMPLES_PER_CODE, STREAM_CHUNK
+from neuron_xtts.decoding.caller import Caller
 from neuron_xtts.options import PatchOptions
 from neuron_xtts.tables import Table
 from neuron_xtts.tools.bench import (
@@ -117,6 +118,7 @@ def perform(
     patched = neuron_xtts.is_patched(xtts)
     heard = [Heard() for _ in calls]
     errors: list[BaseException] = []
+    patient = Caller(patient=True)
     turn: contextlib.AbstractContextManager[Any] = threading.Lock() if lock else contextlib.nullcontext()
     steps, rows = _steps(xtts)
 
@@ -127,7 +129,7 @@ def perform(
         if patched:
             arguments["seed"] = seed + number
         try:
-            with turn:
+            with turn, patient.calls():
                 if not patched:
                     torch.manual_seed(seed + number)
                 for samples, codes in _audio(xtts, voice, said.text, streamed, arguments):
@@ -144,9 +146,13 @@ def perform(
         thread.join()
     if errors:
         raise errors[0]
+    for (_, said), each in zip(calls, heard, strict=True):
+        if not each.chunks:
+            raise ValueError(f"{said.text!r} has no more audio than what chunks overlap; it takes more codes")
+    first = min(wait for wait, _ in calls)
     end = max(wait + each.last for (wait, _), each in zip(calls, heard, strict=True))
     now, all_rows = _steps(xtts)
-    return Scene(end, heard, now - steps, all_rows - rows)
+    return Scene(end - first, heard, now - steps, all_rows - rows)
 
 
 def _audio(xtts: Any, voice: Voice, text: str, streamed: bool, arguments: dict[str, Any]) -> Iterator[tuple[int, int]]:
