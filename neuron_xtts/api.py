@@ -207,11 +207,11 @@ def speak_many(
         same in its place, and the texts behind it are not said.
 
     Raises:
-        ValueError: the model is not patched.
+        TypeError: ``texts`` is one text.
+        ValueError: the model is not patched, or the seed is no whole number.
     """
     from neuron_xtts import speaking
 
-    speaking.patch_of(model)
     return speaking.speak_many(model, texts, seed=seed, progress=progress, options=options)
 
 

@@ -1,10 +1,18 @@
-"""Locks that a forked child finds open: whoever held them at the fork is not there."""
+"""Forks: a child's locks are open, and it forgets what its parent's threads were at, since they are not there."""
 
 from __future__ import annotations
 
 import os
 import threading
 import weakref
+from typing import Protocol
+
+
+class Forgetful(Protocol):
+    """Something that knows of threads."""
+
+    def forget(self) -> None:
+        """Whoever it knows of is not there."""
 
 
 class Lock:
@@ -12,7 +20,7 @@ class Lock:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        _every.add(self)
+        forgets(self)
 
     def __enter__(self) -> None:
         self._lock.acquire()
@@ -20,18 +28,23 @@ class Lock:
     def __exit__(self, *error: object) -> None:
         self._lock.release()
 
-    def renew(self) -> None:
+    def forget(self) -> None:
         """Open it, whoever held it."""
         self._lock = threading.RLock()
 
 
-_every: weakref.WeakSet[Lock] = weakref.WeakSet()
+_every: weakref.WeakSet[Forgetful] = weakref.WeakSet()
 
 
-def _renew_all() -> None:
-    for lock in list(_every):
-        lock.renew()
+def forgets(thing: Forgetful) -> None:
+    """Have something forget in every forked child, for as long as it is there."""
+    _every.add(thing)
+
+
+def _forget_all() -> None:
+    for thing in list(_every):
+        thing.forget()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_all)
+    os.register_at_fork(after_in_child=_forget_all)

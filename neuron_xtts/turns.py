@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from neuron_xtts.backends.host.threads import end_team
+from neuron_xtts.locks import forgets
 
 Urgency = Callable[[], float]  # the smaller the more pressing; asked whenever a turn ends
 
@@ -50,10 +49,10 @@ class Turns:
     """Turns of the threads that compute with one model. A thread that has its turn may take it again inside."""
 
     def __init__(self) -> None:
-        self._forget()
-        _every.add(self)
+        self.forget()
+        forgets(self)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Nobody has a turn, and nobody waits: in a forked child, where the threads that did are not."""
         self._lock = threading.Lock()
         self._waiting: list[_Waiting] = []  # in the order in which they came
@@ -172,15 +171,3 @@ class Turns:
             self._changed = time.monotonic()
         self._owner = self._latest = chosen.thread
         chosen.go.set()
-
-
-_every: weakref.WeakSet[Turns] = weakref.WeakSet()
-
-
-def _forget_all() -> None:
-    for turns in list(_every):
-        turns._forget()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_all)

@@ -8,10 +8,8 @@ that ends, or a process that forks, and a caller by itself computes in its own t
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
-import weakref
 from collections import Counter, deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
@@ -22,12 +20,14 @@ import torch
 import transformers
 from torch import Tensor
 
+from neuron_xtts.coqui.constants import STREAM_CHUNK
 from neuron_xtts.coqui.embeddings import embed_codes
 from neuron_xtts.decoding.batch import Batch, Parked
 from neuron_xtts.decoding.caller import CallerGone, caller
 from neuron_xtts.decoding.draws import DRAWS
 from neuron_xtts.decoding.row import Row, draw, ended
 from neuron_xtts.errors import Fallback, QueueFullError
+from neuron_xtts.locks import forgets
 from neuron_xtts.report import BatchCounts
 from neuron_xtts.runner import Runner
 from neuron_xtts.turns import POLL, Urgency, later
@@ -35,7 +35,7 @@ from neuron_xtts.turns import POLL, Urgency, later
 Step = tuple[Tensor, Tensor]  # a code (rows,) and its latents (rows, D) of every row
 
 # Codes of a stream that are made before they are asked for: coqui-tts's chunk, unless it is told otherwise.
-AHEAD = 20
+AHEAD = STREAM_CHUNK
 
 
 class Call:
@@ -130,7 +130,7 @@ class Scheduler:
         self._batch = Batch(runner)
         self._identity: Hashable = None  # of what the rows in the batch are computed with
         self._counts = BatchCounts()
-        _every.add(self)
+        forgets(self)
 
     def run(self, call: Call) -> list[Step]:
         """All steps of a call, in whatever mode of torch the caller is.
@@ -438,15 +438,3 @@ class Scheduler:
         for call in began:
             call.woken = threading.Event()
             call.end(Fallback("it began in another process, of which this one is a fork"))
-
-
-_every: weakref.WeakSet[Scheduler] = weakref.WeakSet()
-
-
-def _forget_all() -> None:
-    for scheduler in list(_every):
-        scheduler.forget()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_all)
