@@ -7,6 +7,7 @@ that ends, or a process that forks, and a caller by itself computes in its own t
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
@@ -139,12 +140,8 @@ class Scheduler:
             QueueFullError: too many calls wait.
             Fallback: no bucket holds its rows.
         """
-        with caller().may_go(partial(self._cancel, call)):
-            try:
-                self._begin(call)
-                self._wait(call)
-            finally:
-                self._give_up(call)
+        with self._begun(call):
+            self._wait(call)
         return list(call.steps)
 
     def stream(self, call: Call) -> Iterator[Step]:
@@ -154,17 +151,13 @@ class Scheduler:
             QueueFullError: too many calls wait.
             Fallback: no bucket holds its row.
         """
-        with caller().may_go(partial(self._cancel, call)):
-            try:
-                self._begin(call)
-                while True:
-                    self._wait(call)
-                    if not call.steps:
-                        return
-                    codes, latents = call.steps.popleft()
-                    yield codes.clone(), latents.clone()  # in the caller's mode, and its own
-            finally:
-                self._give_up(call)
+        with self._begun(call):
+            while True:
+                self._wait(call)
+                if not call.steps:
+                    return
+                codes, latents = call.steps.popleft()
+                yield codes.clone(), latents.clone()  # in the caller's mode, and its own
 
     def counts(self) -> BatchCounts:
         """What became of rows so far, and where they are now."""
@@ -175,6 +168,16 @@ class Scheduler:
                 "waiting": sum(call.wants for call in self._queue),
             }
             return replace(self._counts, **now, steps=Counter(self._counts.steps))
+
+    @contextlib.contextmanager
+    def _begun(self, call: Call) -> Iterator[None]:
+        """A call waits or decodes for the length of a ``with`` block, or as long as its caller is there."""
+        with caller().may_go(partial(self._cancel, call)):
+            try:
+                self._begin(call)
+                yield
+            finally:
+                self._give_up(call)
 
     def _begin(self, call: Call) -> None:
         # Such as more rows than there may be slots: told before anybody waits.

@@ -8,26 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import operator
-import os
-import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
+from neuron_xtts.locks import Lock
 from neuron_xtts.routes.base import Context, Method
 
-_lent = threading.RLock()  # torch's global generator, to one call with a seed at a time
-
-
-def _forget() -> None:
-    """In a forked child, where the thread that had it is not."""
-    global _lent
-    _lent = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+_lent = Lock()  # torch's global generator, to one call with a seed at a time
 
 
 def generator_of(seed: Any) -> torch.Generator | None:
