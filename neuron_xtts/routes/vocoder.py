@@ -89,7 +89,7 @@ def _windows(runner: Runner, frames: Tensor, speaker: Tensor, start: int, short:
     halo, total = runner.halo, frames.shape[2]
     sizes = runner.buckets.sizes("vocoder")
     longest = max(_SHORT, 2 * halo + 1) if short else total
-    if sizes:
+    if sizes and short:
         sizes = tuple(size for size in sizes if size <= longest or size == sizes[0])
     while start < total:
         caller().check()

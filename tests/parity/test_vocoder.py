@@ -46,6 +46,18 @@ def test_frames_vocoded(xtts, voice, speed, size):
     assert work(xtts) - again <= 40 * chunks
 
 
+@pytest.mark.parametrize("plan", ["default", "static"])
+@pytest.mark.parametrize("codes", [3, 10, 31, 55])
+def test_a_window_that_holds_all_of_it(xtts, voice, plan, codes):
+    """The smallest there is, and no smaller ones that are joined in its place."""
+    neuron_xtts.patch(xtts, strict=True, buckets=PLANS[plan])
+    holding = [size for size in neuron_xtts.report(xtts).buckets["vocoder"] if size >= frames(codes)]
+    with torch.inference_mode():
+        xtts.hifigan_decoder(torch.randn(1, codes, 64), g=voice[1])
+    ((size, counts),) = neuron_xtts.report(xtts).graphs["vocoder"].items()
+    assert (int(size), counts.runs) == (holding[0], 1)
+
+
 def test_ten_times_less(xtts, voice):
     """600 codes in chunks of 20, against all frames so far for every chunk."""
     options = {"max_new_tokens": 600, "min_new_tokens": 600, "text": "a"}
