@@ -23,7 +23,7 @@ import neuron_xtts
 from neuron_xtts.coqui.models import SENTENCES
 from neuron_xtts.precision import HOST_PRECISIONS
 from neuron_xtts.tables import table
-from neuron_xtts.tools.bench import PLAIN, Voice, prepare
+from neuron_xtts.tools.bench import PLAIN, Subject, Voice
 
 KINDS = ("linear layers", "attention")
 PROFILED = 40
@@ -93,7 +93,7 @@ def main() -> None:
             f"--codes {arguments.codes} leaves no room for {PROFILED} codes without profiler and as many with it"
         )
     transformers.logging.set_verbosity_error()
-    xtts, voice = prepare(None, arguments.small)
+    xtts, voice = Subject(small=arguments.small).prepare()
     samples: dict[str, list[dict[str, float]]] = {variant: [] for variant in (PLAIN, *HOST_PRECISIONS)}
     for _ in range(arguments.rounds):
         for variant, taken in samples.items():

@@ -10,12 +10,12 @@ import torch
 
 import neuron_xtts
 from neuron_xtts import BucketPlan
-from neuron_xtts.tools.bench import prepare
+from neuron_xtts.tools.bench import Subject
 
 
 def overhead(rounds: int) -> float:
     """Seconds that a call which falls back takes longer than an unpatched one."""
-    xtts, voice = prepare(None, small=True)
+    xtts, voice = Subject(small=True).prepare()
     x = torch.randn(1, 1, 64)
     differences = []
     with torch.inference_mode():

@@ -23,7 +23,7 @@ from neuron_xtts.options import Options, PatchOptions
 from neuron_xtts.precision import HOST_PRECISIONS, NEURON_PRECISIONS, Precision
 from neuron_xtts.tables import table
 from neuron_xtts.tools import demo
-from neuron_xtts.tools.bench import Benchmark, Results, batch, methods, sentence, stream
+from neuron_xtts.tools.bench import Benchmark, Results, Subject, batch, methods, sentence, stream
 from neuron_xtts.tools.doctor import examine
 from neuron_xtts.tools.inventory import listing, remove, take_inventory, unusable
 from neuron_xtts.tools.judge import Judge, by_name
@@ -61,17 +61,17 @@ def run_bench(arguments: argparse.Namespace) -> int:
 
 
 def _measure(arguments: argparse.Namespace) -> Benchmark:
-    options, small, checkpoint = _patch_options(arguments), arguments.small, arguments.checkpoint
+    options = _patch_options(arguments)
+    subject = Subject(arguments.checkpoint, arguments.small, arguments.speaker_wav)
+    texts = _texts(arguments.texts) if arguments.texts else ()
     on_host = Options.make(**options, to_run=True).neuron is None
     if arguments.what == "stream":
         return stream.bench_stream(
+            subject,
             lengths=arguments.codes or stream.LENGTHS,
-            texts=_texts(arguments.texts) if arguments.texts else (),
+            texts=texts,
             size=arguments.chunk,
             rounds=arguments.rounds,
-            small=small,
-            checkpoint=checkpoint,
-            speaker_wav=arguments.speaker_wav,
             options=options,
         )
     precisions = arguments.precisions or (HOST_PRECISIONS if on_host else NEURON_PRECISIONS)
@@ -79,12 +79,10 @@ def _measure(arguments: argparse.Namespace) -> Benchmark:
         if arguments.texts:
             raise ValueError("bench methods takes no --texts: its inputs are random tokens and codes")
         return methods.bench_methods(
+            subject,
             iterations=arguments.iterations,
             warm_up=arguments.warm_up,
             precisions=precisions,
-            small=small,
-            checkpoint=checkpoint,
-            speaker_wav=arguments.speaker_wav,
             options=options,
         )
     if arguments.what == "batch":
@@ -95,26 +93,22 @@ def _measure(arguments: argparse.Namespace) -> Benchmark:
         if not arguments.rate > 0:
             raise ValueError(f"--rate {arguments.rate:g}; expected calls a second, such as {batch.RATE}")
         return batch.bench_batch(
+            subject,
             callers=arguments.callers or batch.CALLERS,
             codes=(arguments.codes or [batch.CODES])[0],
-            texts=_texts(arguments.texts) if arguments.texts else (),
+            texts=texts,
             scenes=arguments.scenes,
             rate=arguments.rate,
             rounds=arguments.rounds,
             precisions=precisions,
-            small=small,
-            checkpoint=checkpoint,
-            speaker_wav=arguments.speaker_wav,
             options=options,
         )
     return sentence.bench_sentence(
+        subject,
         lengths=arguments.codes or sentence.LENGTHS,
-        texts=_texts(arguments.texts) if arguments.texts else (),
+        texts=texts,
         rounds=arguments.rounds,
         precisions=precisions,
-        small=small,
-        checkpoint=checkpoint,
-        speaker_wav=arguments.speaker_wav,
         memory=on_host,
         options=options,
     )

@@ -535,19 +535,20 @@ def test_the_benchmarks(neuron, compiled, small_plan, monkeypatch):
     for module in (accuracy_module, bench):
         monkeypatch.setattr(module, "SENTENCES", ("a short one.",))
     options = {"backend": "neuron", "store": compiled, "buckets": small_plan}
-    streams = bench_stream(lengths=(20,), size=10, rounds=1, small=True, options=options)
+    subject = bench.Subject(small=True)
+    streams = bench_stream(subject, lengths=(20,), size=10, rounds=1, options=options)
     assert streams.worked[20] >= int(20 * 4 * 24000 / 22050)
-    common = {"precisions": ("fp32",), "small": True, "options": options}
-    sentences = bench_sentence(lengths=(25,), rounds=1, memory=False, **common)
+    common = {"precisions": ("fp32",), "options": options}
+    sentences = bench_sentence(subject, lengths=(25,), rounds=1, memory=False, **common)
     assert sentences.accuracy["fp32"].latents > 0.99999
     assert sentences.accuracy["fp32"].snr > 80
     assert sentences.figures(25, "fp32")["latents"] > 0
     assert sentences.figures(25, "fp32")["sampling and loop"] > 0
     sizes = {"text": 20, "codes": 20, "iterations": 2, "warm_up": 1}
-    methods = bench_methods(**sizes, **common)
+    methods = bench_methods(subject, **sizes, **common)
     for results in (streams, sentences, methods):
         assert not any(results.fallbacks.values()), results.fallbacks
         assert "fell back" not in str(results)
     sizes["codes"] = 90  # longer than the largest bucket of decode
-    table = bench_methods(**sizes, **common).markdown()
+    table = bench_methods(subject, **sizes, **common).markdown()
     assert "| fp32 | GPT.generate: larger than the largest decode bucket (128) | 2 |" in table

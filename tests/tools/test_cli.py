@@ -13,7 +13,7 @@ import neuron_xtts
 from neuron_xtts.coqui import models
 from neuron_xtts.coqui.models import random_tts
 from neuron_xtts.tools import demo
-from neuron_xtts.tools.bench import exactly, prepare
+from neuron_xtts.tools.bench import Subject, exactly
 from neuron_xtts.tools.bench.batch import Heard
 from neuron_xtts.tools.bench.methods import make_calls
 from neuron_xtts.tools.bench.sentence import speak
@@ -316,7 +316,7 @@ def test_texts_that_cannot_be_measured(tmp_path, capsys, lines, arguments, error
 
 def test_sentences_share_no_audio():
     """One that begins like another would be vocoded only from where they differ."""
-    xtts, voice = prepare(None, small=True)
+    xtts, voice = Subject(small=True).prepare()
     windows = []
     with neuron_xtts.patched(xtts):
         for codes in (20, 40):
@@ -352,7 +352,7 @@ def test_bench_methods(what, tmp_path, capsys):
 
 def test_methods_are_timed_on_new_inputs():
     """What is known would be handed over, in no time."""
-    xtts, voice = prepare(None, small=True)
+    xtts, voice = Subject(small=True).prepare()
     with neuron_xtts.patched(xtts, strict=True), torch.inference_mode():
         for make in make_calls(xtts, voice, 50, 100).values():
             make()()

@@ -33,6 +33,33 @@ Figures: TypeAlias = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
+class Subject:
+    """What is measured: a model, and the voice that it speaks in.
+
+    Attributes:
+        checkpoint: the folder of a real XTTS v2 checkpoint; None for random weights.
+        small: a small model instead of one of full size, if the weights are random.
+        speaker_wav: a recording of the voice; None for a tone.
+    """
+
+    checkpoint: Path | None = None
+    small: bool = False
+    speaker_wav: Path | None = None
+
+    def prepare(self) -> tuple[Any, Voice]:
+        """The ``Xtts``, and its voice."""
+        if self.speaker_wav is not None:
+            check_recording(self.speaker_wav)
+        xtts = load_or_make(self.checkpoint, self.small).synthesizer.tts_model
+        with tempfile.TemporaryDirectory() as folder:
+            tone = Path(folder) / "reference.wav"
+            if self.speaker_wav is None:
+                write_reference(tone)
+            latents, speaker = xtts.get_conditioning_latents(str(self.speaker_wav or tone))
+        return xtts, (latents, speaker)
+
+
+@dataclass(frozen=True)
 class Utterance:
     """A sentence to measure.
 
@@ -154,22 +181,3 @@ def machine() -> dict[str, str | int]:
 def in_precision(options: PatchOptions, precision: str) -> PatchOptions:
     """The same options of `neuron_xtts.patch`, with a precision."""
     return {**options, "precision": precision}
-
-
-def prepare(checkpoint: Path | None, small: bool, speaker_wav: Path | None = None) -> tuple[Any, Voice]:
-    """An ``Xtts``, and the voice of a recording.
-
-    Args:
-        checkpoint: the folder of a real XTTS v2 checkpoint; None for random weights.
-        small: a small model instead of one of full size, if the weights are random.
-        speaker_wav: the recording; None for a tone.
-    """
-    if speaker_wav is not None:
-        check_recording(speaker_wav)
-    xtts = load_or_make(checkpoint, small).synthesizer.tts_model
-    with tempfile.TemporaryDirectory() as folder:
-        tone = Path(folder) / "reference.wav"
-        if speaker_wav is None:
-            write_reference(tone)
-        latents, speaker = xtts.get_conditioning_latents(str(speaker_wav or tone))
-    return xtts, (latents, speaker)

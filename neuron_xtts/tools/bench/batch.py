@@ -26,11 +26,11 @@ from neuron_xtts.tools.bench import (
     PLAIN,
     Benchmark,
     Figures,
+    Subject,
     Utterance,
     Voice,
     in_precision,
     machine,
-    prepare,
     utterances,
 )
 
@@ -271,6 +271,7 @@ class BatchResults(Benchmark):
 
 
 def bench_batch(
+    subject: Subject,
     *,
     callers: Sequence[int] = CALLERS,
     codes: int = CODES,
@@ -279,14 +280,12 @@ def bench_batch(
     rate: float = RATE,
     rounds: int = 3,
     precisions: Sequence[str],
-    small: bool = False,
-    checkpoint: Path | None = None,
-    speaker_wav: Path | None = None,
     options: PatchOptions,
 ) -> BatchResults:
     """Time callers with a known voice, together and one by one, in every precision; coqui-tts behind a lock.
 
     Args:
+        subject: the model and the voice.
         callers: how many there are.
         codes: that each has said.
         texts: what they have said in place of that, in turn, until it ends by itself.
@@ -294,12 +293,9 @@ def bench_batch(
         rate: calls a second, on average, of those that arrive at random.
         rounds: each performs everything once, in alternating order.
         precisions: the precisions to patch with.
-        small: a small model instead of one of full size, if the weights are random.
-        checkpoint: the folder of a real XTTS v2 checkpoint; None for random weights.
-        speaker_wav: a recording of the voice; None for a tone.
         options: keyword arguments of `neuron_xtts.patch`, but for the precision.
     """
-    xtts, voice = prepare(checkpoint, small, speaker_wav)
+    xtts, voice = subject.prepare()
     said = utterances([codes], texts)
     variants = (PLAIN, *precisions)
     results = BatchResults(

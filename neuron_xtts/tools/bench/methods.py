@@ -19,7 +19,7 @@ from tqdm import tqdm
 import neuron_xtts
 from neuron_xtts.options import PatchOptions
 from neuron_xtts.tables import Table
-from neuron_xtts.tools.bench import PLAIN, Benchmark, Figures, Voice, in_precision, machine, prepare
+from neuron_xtts.tools.bench import PLAIN, Benchmark, Figures, Subject, Voice, in_precision, machine
 
 #: Makes the inputs of one call and returns the call.
 MakeCall: TypeAlias = Callable[[], Callable[[], object]]
@@ -137,31 +137,27 @@ def _seconds(call: Callable[[], object]) -> float:
 
 @torch.inference_mode()
 def bench_methods(
+    subject: Subject,
     *,
     text: int = 50,
     codes: int = 100,
     iterations: int = 100,
     warm_up: int = 10,
     precisions: Sequence[str],
-    small: bool = False,
-    checkpoint: Path | None = None,
-    speaker_wav: Path | None = None,
     options: PatchOptions,
 ) -> MethodResults:
     """Time single methods, unpatched and in every precision, in turns of a few iterations.
 
     Args:
+        subject: the model and the voice.
         text: how many text tokens.
         codes: how many audio codes, and how many latents.
         iterations: how often each method is timed in each variant; generation a tenth as often.
         warm_up: iterations before them that are not counted, in the first turn; in later turns there is one.
         precisions: the precisions to patch with.
-        small: a small model instead of one of full size, if the weights are random.
-        checkpoint: the folder of a real XTTS v2 checkpoint; None for random weights.
-        speaker_wav: a recording of the voice; None for a tone.
         options: keyword arguments of `neuron_xtts.patch`, but for the precision.
     """
-    xtts, voice = prepare(checkpoint, small, speaker_wav)
+    xtts, voice = subject.prepare()
     variants = (PLAIN, *precisions)
     calls = make_calls(xtts, voice, text, codes)
     samples: dict[str, dict[str, list[float]]] = {method: {name: [] for name in variants} for method in calls}

@@ -27,12 +27,12 @@ from neuron_xtts.tools.bench import (
     PLAIN,
     Benchmark,
     Figures,
+    Subject,
     Utterance,
     Voice,
     exactly,
     in_precision,
     machine,
-    prepare,
     utterances,
 )
 from neuron_xtts.tools.bench.accuracy import Accuracy, accuracy
@@ -106,7 +106,7 @@ def peak_memory(precision: str, codes: int, small: bool) -> int:
 
 
 def _speak_and_print_peak(precision: str, codes: int, small: bool) -> None:
-    xtts, voice = prepare(None, small)
+    xtts, voice = Subject(small=small).prepare()
     # Making and loading the model needs more: give back what is free, and forget the peak so far.
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -226,31 +226,27 @@ class SentenceResults(Benchmark):
 
 
 def bench_sentence(
+    subject: Subject,
     *,
     lengths: Sequence[int] = LENGTHS,
     texts: Sequence[str] = (),
     rounds: int = 3,
     precisions: Sequence[str],
-    small: bool = False,
-    checkpoint: Path | None = None,
-    speaker_wav: Path | None = None,
     memory: bool = True,
     options: PatchOptions,
 ) -> SentenceResults:
     """Time sentences with a known voice, unpatched and in every precision.
 
     Args:
+        subject: the model and the voice.
         lengths: how many codes the sentences have.
         texts: sentences in their place, which are spoken until they end by themselves.
         rounds: each speaks every sentence in every variant once, in alternating order.
         precisions: the precisions to patch with.
-        small: a small model instead of one of full size, if the weights are random.
-        checkpoint: the folder of a real XTTS v2 checkpoint; None for random weights.
-        speaker_wav: a recording of the voice; None for a tone.
         memory: on the host: measure peak memory, too, in processes of their own (of random weights).
         options: keyword arguments of `neuron_xtts.patch`, but for the precision.
     """
-    xtts, voice = prepare(checkpoint, small, speaker_wav)
+    xtts, voice = subject.prepare()
     variants = (PLAIN, *precisions)
     spoken = utterances(lengths, texts)
     results = SentenceResults(
@@ -280,9 +276,9 @@ def bench_sentence(
         unpatch = partial(results.unpatch, variant=name)
         codes = min(100, max(lengths))
         results.accuracy[name] = accuracy(xtts, voice, codes, in_precision(options, name), unpatch)
-    if memory and checkpoint is None:
+    if memory and subject.checkpoint is None:
         released = [name + RELEASED for name in precisions if HOST[name].linears != "fp32"]
-        results.memory = {name: peak_memory(name, min(lengths), small) for name in (*variants, *released)}
+        results.memory = {name: peak_memory(name, min(lengths), subject.small) for name in (*variants, *released)}
     return results
 
 

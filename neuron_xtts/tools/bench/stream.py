@@ -23,12 +23,12 @@ from neuron_xtts.tools.bench import (
     PLAIN,
     Benchmark,
     Figures,
+    Subject,
     Utterance,
     Voice,
     exactly,
     label_of,
     machine,
-    prepare,
     utterances,
 )
 
@@ -165,14 +165,12 @@ class StreamResults(Benchmark):
 
 
 def bench_stream(
+    subject: Subject,
     *,
     lengths: Sequence[int] = LENGTHS,
     texts: Sequence[str] = (),
     size: int = STREAM_CHUNK,
     rounds: int = 3,
-    small: bool = False,
-    checkpoint: Path | None = None,
-    speaker_wav: Path | None = None,
     options: PatchOptions,
 ) -> StreamResults:
     """Time streams with a known voice, patched and unpatched.
@@ -181,16 +179,14 @@ def bench_stream(
     known of the round before.
 
     Args:
+        subject: the model and the voice.
         lengths: how many codes the streams have.
         texts: sentences in their place, which are spoken until they end by themselves.
         size: codes per chunk.
         rounds: how many rounds.
-        small: a small model instead of one of full size, if the weights are random.
-        checkpoint: the folder of a real XTTS v2 checkpoint; None for random weights.
-        speaker_wav: a recording of the voice; None for a tone.
         options: keyword arguments of `neuron_xtts.patch`.
     """
-    xtts, voice = prepare(checkpoint, small, speaker_wav)
+    xtts, voice = subject.prepare()
     spoken = utterances(lengths, texts)
     samples: dict[int | str, dict[str, list[Stream]]] = {
         utterance.key: {name: [] for name in VARIANTS} for utterance in spoken
