@@ -40,7 +40,8 @@ def patch(
     Args:
         model: a ``TTS.api.TTS``, a ``Synthesizer`` or an ``Xtts``, ready to synthesize.
         backend: where graphs run: ``"cpu"``, the host; ``"neuron"``, or ``"neuron:1"`` to name the NeuronCore, counted
-            among those the process may use; ``"auto"``: Neuron if its packages and a device are there, else the host.
+            among those the process may use, or ``"neuron:0-3"`` to spread calls over several; ``"auto"``: Neuron if its
+            packages and a device are there, else the host.
         precision: of the graphs: ``"fp32"``, which on the host gives coqui-tts's own audio; ``"bf16"``; on the host
             also ``"int8"``, on Neuron ``"bf16-all"``; or a `Precision`, which has more to say.
         buckets: the sizes of the graphs; by default the backend's own: on the host exact shapes but for the vocoder,

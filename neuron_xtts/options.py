@@ -44,14 +44,14 @@ class Options:
 
     Attributes:
         neuron: what there is of Neuron; None if graphs run on the host.
-        core: the NeuronCore.
+        cores: the NeuronCores; one engine on the host, whatever it is.
         precision: of the graphs.
         plan: the buckets the user asked for; None for the backend's default.
         store: of compiled graphs.
     """
 
     neuron: Neuron | None
-    core: int
+    cores: tuple[int, ...]
     precision: Precision
     plan: BucketPlan | None
     store: Store
@@ -68,17 +68,21 @@ class Options:
         target: str | None = None,
     ) -> Options:
         """Check the options of `patch` (``to_run``) or `compile`; they and the errors are described there."""
-        name = re.fullmatch(r"(auto|cpu|neuron)(?::(\d+))?", backend)
-        if name is None or (name[2] and name[1] != "neuron"):
-            raise ValueError(f"backend={backend!r} does not exist; choose one of 'auto', 'cpu', 'neuron', 'neuron:N'")
+        name = re.fullmatch(r"(auto|cpu|neuron)(?::(\d+)(?:-(\d+))?)?", backend)
+        first = int(name[2] or 0) if name else 0
+        cores = range(first, int(name[3] or first) + 1) if name else ()
+        if name is None or (name[2] and name[1] != "neuron") or not cores:
+            raise ValueError(
+                f"backend={backend!r} does not exist; choose one of 'auto', 'cpu', 'neuron', 'neuron:N', or "
+                "'neuron:N-M' for several NeuronCores, N the first of them"
+            )
         if target is not None and target not in TARGETS:
             raise ValueError(f"target={target!r} does not exist; choose one of {', '.join(map(repr, TARGETS))}")
         if buckets is not None and not isinstance(buckets, BucketPlan):
             raise TypeError(f"buckets must be a neuron_xtts.BucketPlan or None, got a {type(buckets).__name__}")
         neuron = None if name[1] == "cpu" else _neuron(backend, target, to_run)
-        core = int(name[2] or 0)
         if neuron is not None:
-            _check_neuron(neuron, core, buckets, to_run)
+            _check_neuron(neuron, backend, cores[-1], buckets, to_run)
         known = HOST_PRECISIONS if neuron is None else NEURON_PRECISIONS
         chosen = precision if isinstance(precision, str) else precision.name
         if chosen not in known:
@@ -94,7 +98,7 @@ class Options:
                 f"Precision has release=True, but {chosen!r} {where} converts no weights that could be released; "
                 "leave it out, or choose another precision on the host"
             )
-        return cls(neuron, core, precision, buckets, Store(store))
+        return cls(neuron, tuple(cores), precision, buckets, Store(store))
 
     @property
     def static_plan(self) -> BucketPlan:
@@ -113,24 +117,28 @@ class Options:
         assert self.neuron is not None
         return make_recipes(graphs, self.static_plan, self.precision, self.neuron, digester or Digester())
 
-    def make_backend(self, networks: Networks, graphs: Mapping[str, Graph]) -> Backend:
-        """The backend of a model, with its graphs loaded."""
+    def make_backends(self, networks: Networks, graphs: Mapping[str, Graph]) -> list[Backend]:
+        """The backends of a model, one for each core, with its graphs loaded."""
         if self.neuron is None:
             from neuron_xtts.backends.host.backend import CpuBackend
 
             aside = self.store.root / "aside" if self.precision.release else None
-            return CpuBackend(graphs, self.plan, HOST[self.precision.name], aside, Sample(networks))
+            return [CpuBackend(graphs, self.plan, HOST[self.precision.name], aside, Sample(networks))]
         from neuron_xtts.backends.neuron.backend import NeuronBackend
 
-        return NeuronBackend(
-            graphs,
-            self.static_plan,
-            self.recipes(graphs),
-            precision=self.precision,
-            store=self.store,
-            core=self.core,
-            machine=self.neuron.instance,
-        )
+        recipes = self.recipes(graphs)
+        return [
+            NeuronBackend(
+                graphs,
+                self.static_plan,
+                recipes,
+                precision=self.precision,
+                store=self.store,
+                core=core,
+                machine=self.neuron.instance,
+            )
+            for core in self.cores
+        ]
 
 
 def check_host_precision(name: str) -> None:
@@ -166,9 +174,9 @@ def _neuron(backend: str, target: str | None, to_run: bool) -> Neuron | None:
     return None
 
 
-def _check_neuron(neuron: Neuron, core: int, buckets: BucketPlan | None, to_run: bool) -> None:
-    if to_run and core >= neuron.cores:
-        raise ValueError(f"backend='neuron:{core}': this process may use {neuron.cores} NeuronCores, counted from 0")
+def _check_neuron(neuron: Neuron, backend: str, last: int, buckets: BucketPlan | None, to_run: bool) -> None:
+    if to_run and last >= neuron.cores:
+        raise ValueError(f"backend={backend!r}: this process may use {neuron.cores} NeuronCores, counted from 0")
     exact = [field.name for field in fields(BucketPlan) if buckets and getattr(buckets, field.name) is None]
     if exact:
         raise ValueError(

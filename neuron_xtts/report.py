@@ -70,6 +70,8 @@ class BatchCounts:
         calls: that got slots.
         seconds: that those waited, from being made to their prefill.
         longest: seconds that one of them waited.
+        refused: calls that found the queue full.
+        cancelled: calls that were given up before their end, such as streams that were closed.
     """
 
     slots: int = 0
@@ -79,6 +81,22 @@ class BatchCounts:
     calls: int = 0
     seconds: float = 0.0
     longest: float = 0.0
+    refused: int = 0
+    cancelled: int = 0
+
+    def __add__(self, other: BatchCounts) -> BatchCounts:
+        """Both together, as of two engines."""
+        return BatchCounts(
+            slots=self.slots + other.slots,
+            decoding=self.decoding + other.decoding,
+            waiting=self.waiting + other.waiting,
+            steps=self.steps + other.steps,
+            calls=self.calls + other.calls,
+            seconds=self.seconds + other.seconds,
+            longest=max(self.longest, other.longest),
+            refused=self.refused + other.refused,
+            cancelled=self.cancelled + other.cancelled,
+        )
 
     def waited(self, seconds: float) -> None:
         """Count a call that got slots."""
@@ -150,6 +168,7 @@ class Report:
 
     Attributes:
         backend: where graphs run; None if the model is not patched.
+        engines: the host, or each of the NeuronCores, such as ``core 0``.
         precision: of the graphs.
         buckets: the bucket plan; None in it means exact shapes.
         routes: the counts of each route.
@@ -162,6 +181,7 @@ class Report:
     """
 
     backend: str | None = None
+    engines: list[str] = field(default_factory=list)
     precision: str | None = None
     buckets: dict[str, Any] = field(default_factory=dict)
     routes: dict[str, RouteCounts] = field(default_factory=dict)
@@ -193,6 +213,8 @@ class Report:
         if self.backend is None:
             return "neuron_xtts: not patched"
         lines = [f"neuron_xtts: backend {self.backend}, precision {self.precision}"]
+        if len(self.engines) > 1:
+            lines[0] += f", {', '.join(self.engines)}"
         if self.copied:
             lines[0] += f", {self.copied / 2**20:.0f} MiB of converted weights"
         lines += [f"no {graph} graph: {reason}" for graph, reason in self.missing.items()]
@@ -222,13 +244,14 @@ class Report:
         ]
         if runs:
             yield ("graph", "bucket", "runs", "seconds", "ms per run", "padding"), runs
-        if self.batch.steps.keys() - {1} or self.batch.waiting:
+        if self.batch.steps.keys() - {1} or self.batch.waiting or self.batch.refused or self.batch.cancelled:
             steps = ", ".join(f"{count} of {rows}" for rows, count in sorted(self.batch.steps.items()))
             yield (
-                ("slots", "decoding", "waiting", "steps of rows", "calls", "waited, mean", "longest"),
+                ("slots", "decoding", "waiting", "steps of rows", "calls", "waited, mean", "longest", "refused",
+                 "cancelled"),
                 [
                     (str(self.batch.slots), str(self.batch.decoding), str(self.batch.waiting), steps,
                      str(self.batch.calls), f"{self.batch.seconds / max(self.batch.calls, 1):.3f} s",
-                     f"{self.batch.longest:.3f} s")
+                     f"{self.batch.longest:.3f} s", str(self.batch.refused), str(self.batch.cancelled))
                 ],
             )  # fmt: skip

@@ -1,17 +1,17 @@
-"""The runner: what runs graphs in buckets, one at a time, and counts the runs."""
+"""The runner: what runs graphs in buckets on one backend, one at a time, and counts the runs."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 from torch import Tensor
 
 from neuron_xtts.backends import Backend, DecodeState
 from neuron_xtts.buckets import Bucket, BucketPlan, Buckets, bucket_name
 from neuron_xtts.coqui.hooks import is_hooked
-from neuron_xtts.coqui.recognise import RECOGNISERS, make_graphs
+from neuron_xtts.coqui.recognise import RECOGNISERS
 from neuron_xtts.coqui.surface import Networks
 from neuron_xtts.coqui.weights import stamp, tensors_of
 from neuron_xtts.errors import Fallback
@@ -27,34 +27,41 @@ class Runner:
 
     Args:
         networks: of the model.
-        make_backend: makes the backend of the graphs, which it is given by name.
-        turns: of the threads that compute with the model.
+        graphs: by name, as `make_graphs` makes them of these.
+        unfit: of the others, why they do not fit the model.
+        backend: where the graphs run.
+        turns: of the threads that compute with it.
+        counters: of runs.
 
     Attributes:
         networks: of the model.
         halo: frames to either side that the audio of a frame depends on.
         backend: where the graphs run.
         buckets: the sizes that are to be had.
-        counters: of runs.
-        turns: likewise.
+        turns: of the threads that compute with it.
+
+    Raises:
+        ValueError: a window of the vocoder has no room beside its halo.
     """
 
     def __init__(
-        self, networks: Networks, make_backend: Callable[[Mapping[str, Graph]], Backend], turns: Turns
+        self,
+        networks: Networks,
+        graphs: Mapping[str, Graph],
+        unfit: Mapping[str, str],
+        backend: Backend,
+        turns: Turns,
+        counters: RunCounters,
     ) -> None:
         self.networks = networks
-        graphs, self._unfit = make_graphs(networks)
         self._graphs = graphs
+        self._unfit = dict(unfit)
         self.halo = halo_of(graphs.values())
-        self.backend = make_backend(graphs)
-        try:
-            check_windows(self.backend.plan, self.halo)
-        except ValueError:
-            self.backend.close()
-            raise
-        self.buckets = Buckets(self.backend.plan, self.backend.unavailable)
-        self.counters = RunCounters()
+        check_windows(backend.plan, self.halo)
+        self.backend = backend
+        self.buckets = Buckets(backend.plan, backend.unavailable)
         self.turns = turns
+        self._counters = counters
         families = {CATALOGUE[name].family for name in graphs}
         self._made_of = {family: RECOGNISERS[family].made_of(networks) for family in families}
 
@@ -109,7 +116,7 @@ class Runner:
 
     def _count(self, graph: str, bucket: Bucket, start: float, used: int, padded: int | None = None) -> None:
         name = self.buckets.name(graph, bucket)
-        self.counters.count(graph, name, time.perf_counter() - start, used, padded or math.prod(bucket))
+        self._counters.count(graph, name, time.perf_counter() - start, used, padded or math.prod(bucket))
 
 
 def check_windows(plan: BucketPlan, halo: int) -> None:

@@ -90,7 +90,7 @@ def speak_many(
     if isinstance(texts, str):
         raise TypeError(f"texts is a str, {texts[:40]!r}; expected texts, such as [{texts[:40]!r}]")
     generator_of(seed)
-    at_once = patch_of(model).dispatcher.context.scheduler.counts().slots
+    at_once = patch_of(model).dispatcher.engines.counts().slots
     return _speak_many(model, texts, at_once, seed, progress, options)
 
 

@@ -11,7 +11,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from neuron_xtts.backends.host.threads import end_team
@@ -171,3 +171,44 @@ class Turns:
             self._changed = time.monotonic()
         self._owner = self._latest = chosen.thread
         chosen.go.set()
+
+
+class AllTurns:
+    """The turns of all engines of one model.
+
+    Whoever takes several, or one inside of another, takes them from the first on, so that nobody waits for whom it
+    keeps waiting.
+
+    Attributes:
+        each: of every engine that the model ever had.
+    """
+
+    def __init__(self) -> None:
+        self.each = [Turns()]
+
+    @property
+    def first(self) -> Turns:
+        """Of the first engine: enough for what must run neither beside itself nor beside whoever has all turns."""
+        return self.each[0]
+
+    def of(self, engines: int) -> list[Turns]:
+        """The turns of so many engines."""
+        if engines > len(self.each):
+            with self.take():  # whoever has them all does not have those that come now
+                self.each += [Turns() for _ in range(engines - len(self.each))]
+        return self.each[:engines]
+
+    @contextlib.contextmanager
+    def take(self) -> Iterator[None]:
+        """Have the turn of every engine at the same time, for the length of a ``with`` block."""
+        with self._take(self.each):
+            yield
+
+    @contextlib.contextmanager
+    def _take(self, turns: Sequence[Turns]) -> Iterator[None]:
+        with turns[0].take():
+            if len(turns) == 1:
+                yield
+            else:
+                with self._take(turns[1:]):
+                    yield

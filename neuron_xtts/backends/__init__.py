@@ -64,12 +64,14 @@ class Backend(Protocol):
 
     Attributes:
         name: as in ``patch(backend=...)``.
+        where: the one of its kind that runs the graphs, for people.
         precision: of the graphs, by name.
         plan: the buckets.
         unavailable: why a bucket of the plan is not to be had, by graph and bucket. It may grow.
     """
 
     name: str
+    where: str
     precision: str
     plan: BucketPlan
     unavailable: dict[tuple[str, Bucket], str]

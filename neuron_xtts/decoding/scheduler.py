@@ -186,6 +186,7 @@ class Scheduler:
             waiting = sum(not other.parked and not other.given_up for other in self._queue)
             idle = sum(len(other.rows) for other in self._running if not other.wants)
             if waiting >= self._most + self._batch.free + idle and not caller().patient:
+                self._counts.refused += 1
                 raise QueueFullError(self._batch.most, self._most)
             self._queue.append(call)
 
@@ -194,6 +195,7 @@ class Scheduler:
         if not call.over:
             with self._lock:  # not while it draws from the global generator, which the next call may then have
                 call.given_up = True
+                self._counts.cancelled += 1
         self._stop_leading(call)
 
     def _cancel(self, call: Call) -> None:

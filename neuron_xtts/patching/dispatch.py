@@ -1,9 +1,10 @@
 """The dispatcher: decides whether graphs serve a call or coqui-tts does, and counts what became of it.
 
-Threads call at the same time. What computes takes turns (`turns.py`): a graph's run, a decode step of everybody's rows,
-or, since coqui-tts keeps the prefix of a generation on the model and knows torch's global generator alone, a whole call
-of its own. Locks are taken inside of a turn, never the other way round: a loaded graph's, in the Neuron backend; those
-of memos, counters and the scheduler's lists, under which nothing is waited for.
+Threads call at the same time. What computes takes turns (`turns.py`): on each engine a graph's run or a decode step of
+everybody's rows; or, since coqui-tts keeps the prefix of a generation on the model and knows torch's global generator
+alone, a whole call of its own, for which it takes the turns of all engines. Locks are taken inside of a turn, never the
+other way round: a loaded graph's, in the Neuron backend; those of memos, counters and the scheduler's lists, under
+which nothing is waited for.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from neuron_xtts.backends.host.threads import at_most, usable_cpus
 from neuron_xtts.decoding.caller import caller
 from neuron_xtts.decoding.draws import DRAWS, Claim, any_seed
 from neuron_xtts.errors import Fallback, FallbackError, QueueFullError, describe
+from neuron_xtts.patching.engines import Engines, Place
 from neuron_xtts.report import CallCounters
 from neuron_xtts.routes.base import Context, HandedOver, Kind, Method, Route
 from neuron_xtts.turns import now
@@ -31,24 +33,26 @@ DISABLE_VARIABLE = "NEURON_XTTS_DISABLE"
 _DISABLED = f"{DISABLE_VARIABLE} is set"
 
 Call = Callable[[], Any]
+Graphs = Callable[[Context], Any]
 
 
 class Dispatcher:
     """Serves the calls of one patched model.
 
     Args:
-        context: what its routes share.
+        engines: that serve them.
         strict: raise instead of falling back.
 
     Attributes:
+        engines: likewise.
         counters: of calls.
     """
 
-    def __init__(self, context: Context, *, strict: bool) -> None:
-        self.context = context
+    def __init__(self, engines: Engines, *, strict: bool) -> None:
+        self.engines = engines
         self.strict = strict
         self.counters = CallCounters()
-        self._turns = context.runner.turns
+        self._turns = engines.turns
         self._cpus = usable_cpus()
         self._here = threading.local()
         self._by_kind: dict[Kind, Callable[..., Any]] = {
@@ -74,32 +78,41 @@ class Dispatcher:
             claim = DRAWS.claim()
             if claim is None:
                 kwargs = {**kwargs, "seed": any_seed()}
-        first = (self.context, method) if route.kind in (Kind.REMEMBERED, Kind.NOTED) else (self.context,)
-        graphs = partial(route.call, *first, *args, **kwargs)
-        own = partial(route.own(self.context, method), *args, **kwargs)
-        return self._by_kind[route.kind](route.name, graphs, own, claim)
+        own = partial(route.own(self.engines.first, method), *args, **kwargs)
+        if route.kind in (Kind.REMEMBERED, Kind.NOTED):
+            ours = partial(route.call, self.engines.first, method, *args, **kwargs)
+        else:
+            ours = partial(_call, route, args, kwargs)
+        return self._by_kind[route.kind](route, ours, own, claim)
 
-    def _whole(self, name: str, graphs: Call, own: Call, claim: Claim | None) -> object:
+    def _whole(self, route: Route, graphs: Graphs, own: Call, claim: Claim | None) -> object:
         """A result at once."""
+        name = route.name
         if getattr(self._here, "falls_back", False):  # inside a method of coqui-tts's own
             return own()
         if self._disabled(name):
             with self._falling_back():
                 return own()
         with claim or contextlib.nullcontext(), self._timed(name):
-            with contextlib.suppress(_FellBack), self._attempt(name, claim):
-                return self._served(name, graphs())
+            with (
+                contextlib.suppress(_FellBack),
+                self.engines.place(generates=route.draws) as context,
+                self._attempt(name, claim, context),
+            ):
+                return self._served(name, graphs(context))
             with self._falling_back():
                 return own()
 
-    def _steps(self, name: str, graphs: Call, own: Call, claim: Claim | None) -> Iterator[object]:
-        """An iterator. Nothing is held while the caller has a step, but for its claim."""
+    def _steps(self, route: Route, graphs: Graphs, own: Call, claim: Claim | None) -> Iterator[object]:
+        """An iterator. Nothing is held while the caller has a step, but for its place and its claim."""
+        name = route.name
         try:
             theirs: Iterator[object] = own()
             if self._disabled(name):
                 return self._theirs(theirs, claim)
-            with contextlib.suppress(_FellBack), self._attempt(name, claim):
-                return self._stream(name, graphs(), theirs, claim)
+            place = self.engines.place(generates=route.draws)
+            with contextlib.suppress(_FellBack), self._attempt(name, claim, place.context):
+                return self._stream(name, place, graphs(place.context), theirs, claim)
             return self._theirs(theirs, claim)
         except BaseException:
             if claim is not None:  # a traceback would keep it
@@ -107,15 +120,21 @@ class Dispatcher:
             raise
 
     def _stream(
-        self, name: str, ours: Generator[object, None, None], theirs: Iterator[object], claim: Claim | None
+        self,
+        name: str,
+        place: Place,
+        ours: Generator[object, None, None],
+        theirs: Iterator[object],
+        claim: Claim | None,
     ) -> Iterator[object]:
         """The steps of graphs; after one that fails, coqui-tts's own, as if they had been asked from the start."""
         given = 0
         with claim or contextlib.nullcontext():
             try:
-                for step in self._guarded(name, ours, claim):
-                    given += 1
-                    yield step
+                with place as context:
+                    for step in self._guarded(name, ours, claim, context):
+                        given += 1
+                        yield step
                 self.counters.served(name)
                 return
             except GeneratorExit:  # the caller has heard enough
@@ -131,11 +150,11 @@ class Dispatcher:
                         return
             yield from self._theirs(theirs, claim)
 
-    def _guarded(self, name: str, steps: Iterator[object], claim: Claim | None) -> Iterator[object]:
+    def _guarded(self, name: str, steps: Iterator[object], claim: Claim | None, context: Context) -> Iterator[object]:
         """Steps of graphs, each timed; raises `_FellBack` where one fails."""
         end = object()
         while True:
-            with self._timed(name), self._attempt(name, claim, brief=True):
+            with self._timed(name), self._attempt(name, claim, context, brief=True):
                 step = next(steps, end)
             if step is end:
                 return
@@ -163,23 +182,24 @@ class Dispatcher:
             finally:
                 self._here.falls_back = before
 
-    def _remembered(self, name: str, key: Call, own: Call, claim: None) -> object:
+    def _remembered(self, route: Route, key: Call, own: Call, claim: None) -> object:
         """What coqui-tts made of the same before, or makes now; no error with ``strict``: no graph was passed over."""
-        memo = self.context.voices[name]
+        name = route.name
+        memo = self.engines.first.voices[name]
         if not memo.size:
-            with self._turns.take():
+            with self._turns.first.take():
                 return own()
         with self._timed(name):
             found, reason = self._identify(key)
             if reason is not None:
                 if self.counters.fell_back(name, reason):
                     logger.warning("%s: a voice is not remembered: %s", name, reason)
-                with self._turns.take():
+                with self._turns.first.take():
                     return own()
             known = memo.find(found)
             if known is not None:
                 return self._served(name, HandedOver(known))
-            with self._turns.take():  # so that threads that ask for the same compute it once
+            with self._turns.first.take():  # so that threads that ask for the same compute it once
                 known = memo.find(found)
                 if known is not None:
                     return self._served(name, HandedOver(known))
@@ -188,9 +208,9 @@ class Dispatcher:
                     memo.store(found, voice)
             return self._served(name, voice)
 
-    def _noted(self, name: str, method: Call, own: Call, claim: None) -> object:
+    def _noted(self, route: Route, method: Call, own: Call, claim: None) -> object:
         """What the method itself gives; nothing is counted. Not while a call is served that relies on its effects."""
-        with self._turns.take(now):
+        with self._turns.first.take(now):
             return method()
 
     @staticmethod
@@ -221,8 +241,8 @@ class Dispatcher:
             self.counters.took(name, time.perf_counter() - start)
 
     @contextlib.contextmanager
-    def _attempt(self, name: str, claim: Claim | None, *, brief: bool = False) -> Iterator[None]:
-        """Try what graphs serve. If it fails, what it drew by its ``claim`` is undone, and `_FellBack` is raised.
+    def _attempt(self, name: str, claim: Claim | None, context: Context, *, brief: bool = False) -> Iterator[None]:
+        """Try what graphs of an engine serve. If that fails, what its ``claim`` drew is undone, and `_FellBack` raised.
 
         With ``brief``, this thread will soon try more.
         """
@@ -243,7 +263,11 @@ class Dispatcher:
                 raise FallbackError(name, reason) from error
             raise _FellBack from error
         finally:
-            self._turns.rest(brief=brief)
+            context.runner.turns.rest(brief=brief)
+
+
+def _call(route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any], context: Context) -> Any:
+    return route.call(context, *args, **kwargs)
 
 
 class _FellBack(Exception):  # noqa: N818 - a signal inside the dispatcher

@@ -1,23 +1,28 @@
-"""The patch of one model: its runner, its dispatcher, and the proxies that lead to them."""
+"""The patch of one model: its engines, its dispatcher, and the proxies that lead to them."""
 
 from __future__ import annotations
 
 import weakref
 from functools import partial
+from typing import Any
+
+from torch.utils.weak import WeakIdKeyDictionary
 
 from neuron_xtts.backends.host.threads import end_team
+from neuron_xtts.coqui.recognise import make_graphs
 from neuron_xtts.coqui.surface import Networks, Xtts
 from neuron_xtts.decoding.scheduler import Scheduler
 from neuron_xtts.options import Options
 from neuron_xtts.patching.dispatch import Dispatcher
+from neuron_xtts.patching.engines import Engines
 from neuron_xtts.patching.proxy import Installation
-from neuron_xtts.report import Report
+from neuron_xtts.report import Report, RunCounters
 from neuron_xtts.routes import ROUTES
 from neuron_xtts.routes.base import Context, Kind
 from neuron_xtts.routes.listening import Listening
 from neuron_xtts.routes.memo import AudioMemo, LatentsMemo, VoiceMemo
 from neuron_xtts.runner import Runner
-from neuron_xtts.turns import Turns
+from neuron_xtts.turns import AllTurns
 
 
 class Patch:
@@ -36,23 +41,43 @@ class Patch:
     def __init__(self, xtts: Xtts, options: Options, *, strict: bool, voice_cache: int, queue: int) -> None:
         # Before anything is put in place, everything that may fail is done.
         self._installations = {route.name: Installation(route.module(xtts), route.method) for route in ROUTES}
-        voices = {route.name: VoiceMemo(voice_cache) for route in ROUTES if route.kind is Kind.REMEMBERED}
-        networks = Networks.of(xtts)
-        runner = self.runner = Runner(
-            networks, partial(options.make_backend, networks), _turns.setdefault(xtts, Turns())
-        )
-        context = Context(
-            runner,
-            Scheduler(runner, queue),
-            weakref.ref(xtts),
-            LatentsMemo(),
-            AudioMemo(runner.halo),
-            voices,
-            Listening(runner.turns),
-        )
-        self.dispatcher = Dispatcher(context, strict=strict)
+        self._networks = Networks.of(xtts)
+        self._counters = RunCounters()
+        turns = _turns.setdefault(xtts, AllTurns())
+        runners = self._make_runners(options, turns)
+        shared: dict[str, Any] = {
+            "xtts": weakref.ref(xtts),
+            "latents": LatentsMemo(),
+            "audio": AudioMemo(runners[0].halo),
+            "voices": {route.name: VoiceMemo(voice_cache) for route in ROUTES if route.kind is Kind.REMEMBERED},
+            "listening": Listening(),
+            "prefixes": WeakIdKeyDictionary(),  # type: ignore[no-untyped-call]
+        }
+        each, more = divmod(queue, len(runners))
+        contexts = [
+            Context(runner, Scheduler(runner, each + (number < more)), **shared)
+            for number, runner in enumerate(runners)
+        ]
+        self.dispatcher = Dispatcher(Engines(contexts, turns), strict=strict)
         for route in ROUTES:
             self._installations[route.name].install(partial(self.dispatcher.answer, route), owner=self)
+
+    def _make_runners(self, options: Options, turns: AllTurns) -> list[Runner]:
+        """One for each core."""
+        graphs, unfit = make_graphs(self._networks)
+        backends = options.make_backends(self._networks, graphs)
+        try:
+            each = zip(backends, turns.of(len(backends)), strict=True)
+            return [Runner(self._networks, graphs, unfit, backend, own, self._counters) for backend, own in each]
+        except BaseException:
+            for backend in backends:
+                backend.close()
+            raise
+
+    @property
+    def runner(self) -> Runner:
+        """That of the first engine."""
+        return self.dispatcher.engines.first.runner
 
     @property
     def installed(self) -> int:
@@ -62,21 +87,22 @@ class Patch:
     def gone(self, xtts: Xtts) -> list[str]:
         """Routes that calls no longer reach, because ``load_checkpoint`` or the user replaced what they were on."""
         modules = {id(xtts.gpt), id(xtts.hifigan_decoder)}
-        if Networks.of(xtts) == self.runner.networks:
+        if Networks.of(xtts) == self._networks:
             modules.add(id(xtts))  # else its routes lead to the voices of other encoders
         return [name for name, installation in self._installations.items() if not installation.is_on(modules)]
 
     def report(self, xtts: Xtts) -> Report:
         """A snapshot of what became of the calls, and of the runs of graphs."""
-        runner, backend = self.runner, self.runner.backend
+        engines, backend = self.dispatcher.engines, self.runner.backend
         return Report(
             backend=backend.name,
+            engines=[context.runner.backend.where for context in engines.contexts],
             precision=backend.precision,
             buckets=backend.plan.to_dict(),
             routes=self.dispatcher.counters.snapshot(route.name for route in ROUTES if route.kind is not Kind.NOTED),
-            graphs=runner.counters.snapshot(),
-            batch=self.dispatcher.context.scheduler.counts(),
-            missing=runner.missing(),
+            graphs=self._counters.snapshot(),
+            batch=engines.counts(),
+            missing=engines.missing(),
             copied=backend.copied,
             gone=self.gone(xtts),
         )
@@ -85,11 +111,12 @@ class Patch:
         """Take every proxy off again, and leave the weights as they were found."""
         for installation in reversed(self._installations.values()):
             installation.remove()
-        self.runner.backend.close()
+        for context in self.dispatcher.engines.contexts:
+            context.runner.backend.close()
 
 
 # Of models that were ever patched: what runs on by an earlier patch takes turns with what a later one runs.
-_turns: weakref.WeakKeyDictionary[Xtts, Turns] = weakref.WeakKeyDictionary()
+_turns: weakref.WeakKeyDictionary[Xtts, AllTurns] = weakref.WeakKeyDictionary()
 
 # Not an attribute of the model: unpatch must leave every __dict__ as it was, and a deepcopy must not inherit a patch.
 _patches: weakref.WeakKeyDictionary[Xtts, weakref.ref[Patch]] = weakref.WeakKeyDictionary()

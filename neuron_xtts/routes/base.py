@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from neuron_xtts.coqui.surface import Xtts
 from neuron_xtts.decoding.scheduler import Scheduler
@@ -37,11 +36,11 @@ class Kind(Enum):
 
 @dataclass
 class Context:
-    """What the routes of one patched model share.
+    """What a route serves a call with: an engine, and what all engines of one patched model share.
 
     Attributes:
-        runner: of the graphs.
-        scheduler: of the rows that decode.
+        runner: of the graphs of the engine.
+        scheduler: of the rows that decode on it.
         xtts: the model; no reference to it is kept.
         latents: of the latest generations.
         audio: of the latest calls of the vocoder.
@@ -57,7 +56,7 @@ class Context:
     audio: AudioMemo
     voices: dict[str, VoiceMemo]
     listening: Listening
-    prefixes: MutableMapping[Tensor, Tensor | None] = field(default_factory=WeakIdKeyDictionary)
+    prefixes: MutableMapping[Tensor, Tensor | None]
 
 
 @dataclass

@@ -43,14 +43,9 @@ class Listener:
 
 
 class Listening:
-    """Which stream each thread is at, so that the audio of a stream is as pressing as the stream.
+    """Which stream each thread is at, so that the audio of a stream is as pressing as the stream."""
 
-    Args:
-        turns: of the threads.
-    """
-
-    def __init__(self, turns: Turns) -> None:
-        self._turns = turns
+    def __init__(self) -> None:
         self._here = threading.local()
         self._open: set[Listener] = set()  # whose streams have begun, and not ended
 
@@ -69,20 +64,21 @@ class Listening:
         finally:
             self._open.discard(listener)
 
-    def vocode(self, make: Callable[[bool], Tensor], rate: int) -> Tensor:
+    def vocode(self, make: Callable[[bool], Tensor], rate: int, turns: Turns) -> Tensor:
         """Audio (B, 1, samples) of what this thread is at, from its first code on, made as soon as it is pressing.
 
         Args:
             make: makes it; in short pieces if it is told that other streams are open, which may be pressing before a
                 long one is done.
             rate: of its samples.
+            turns: that it takes.
         """
         listener: Listener | None = getattr(self._here, "listener", None)
         others = bool(self._open - {listener})
         if listener is None:
             return make(others)
         self._here.listener = None  # until it is pulled from again
-        with self._turns.pressing(listener.urgency):
+        with turns.pressing(listener.urgency):
             audio = make(others)
         listener.sent(audio.shape[2] / rate)
         return audio

@@ -63,7 +63,7 @@ def _vocode(context: Context, latents: Tensor, speaker: Tensor | None) -> Tensor
         rows.extend(_row(context, row[None], voice[None], short) for row, voice in zip(frames, speakers, strict=True))
         return torch.cat([audio for audio, _ in rows]) if len(rows) > 1 else rows[0][0]
 
-    audio = context.listening.vocode(make, runner.networks.decoder.output_sample_rate)
+    audio = context.listening.vocode(make, runner.networks.decoder.output_sample_rate, runner.turns)
     return HandedOver(audio) if all(known for _, known in rows) else audio
 
 

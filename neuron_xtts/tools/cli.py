@@ -300,7 +300,9 @@ def _add_speaker(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_backend(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", default="auto", help="auto, cpu, neuron or neuron:N (default: %(default)s)")
+    parser.add_argument(
+        "--backend", default="auto", help="auto, cpu, neuron, neuron:N or neuron:N-M (default: %(default)s)"
+    )
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,9 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import neuron_double
 import numpy as np
@@ -445,6 +448,17 @@ def backend_of(xtts):
     return find_patch(xtts).runner.backend
 
 
+def engines_of(xtts):
+    from neuron_xtts.patching.patch import find_patch
+
+    return find_patch(xtts).dispatcher.engines
+
+
+def loaded_on(xtts, number):
+    """The decode graph of the first bucket, on one core."""
+    return engines_of(xtts).contexts[number].runner.backend._loaded["decode", (1, 80)]
+
+
 def test_states_that_take_turns(xtts, patch, monkeypatch):
     """On one graph: the earlier one's cache moves to the host and back. If that fails, it is told so."""
     patch(xtts)
@@ -491,11 +505,116 @@ def test_the_core(xtts, voice, patch, monkeypatch):
     from torch_neuronx import _runtime
 
     assert {core for _, core in _runtime.executions} == {1}, _runtime.executions
-    with pytest.raises(ValueError, match="'neuron:2': this process may use 2 NeuronCores, counted from 0"):
-        patch(xtts, backend="neuron:2")
+    for backend in ("neuron:2", "neuron:0-2"):
+        with pytest.raises(ValueError, match=f"'{backend}': this process may use 2 NeuronCores, counted from 0"):
+            patch(xtts, backend=backend)
     monkeypatch.setenv("NEURON_RT_VISIBLE_CORES", "1")
     with pytest.raises(ValueError, match="'neuron:1': this process may use 1 NeuronCores"):
         patch(xtts, backend="neuron:1")
+
+
+def test_two_cores(xtts, voice, patch):
+    """``neuron:0-1``: calls at the same time are spread over both, and none has anything of another's."""
+    import torch_neuronx
+
+    torch_neuronx._reset()
+    texts = [torch.arange(1, size)[None] for size in (9, 14, 6, 11)]
+    options = {"do_sample": True, "top_k": 3, **exactly(30)}
+    alone = []
+    for seed, text in enumerate(texts):
+        torch.manual_seed(seed)
+        alone.append(xtts.gpt.generate(voice[0], text, **options)[0].tolist())
+    patch(xtts, strict=True, backend="neuron:0-1")
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda seed: xtts.gpt.generate(voice[0], texts[seed], seed=seed, **options), range(4))
+        assert [codes[0].tolist() for codes in found] == alone
+    from torch_neuronx import _runtime
+
+    steps = Counter()
+    for (tag, core), number in _runtime.executions.items():
+        steps[core] += number if tag.startswith("decode") else 0
+    assert steps.keys() == {0, 1}
+    assert min(steps.values()) >= 29
+    report = neuron_xtts.report(xtts)
+    assert (report.batch.slots, report.batch.calls, report.missing) == (2, 4, {})
+    assert sum(counts.runs for counts in report.graphs["decode"].values()) == report.batch.steps[1] == 4 * 29
+
+
+def test_a_core_waits_for_no_other(xtts, voice, patch, monkeypatch):
+    """While a graph of the one runs, the other serves whole calls; a call of coqui-tts's own waits for both."""
+    text = torch.arange(1, 10)[None]
+    patch(xtts, backend="neuron:0-1")
+    held, done, module = threading.Event(), threading.Event(), loaded_on(xtts, 0)._module
+
+    def hold(*inputs):
+        held.set()
+        assert done.wait(60)
+        return module(*inputs)
+
+    monkeypatch.setattr(loaded_on(xtts, 0), "_module", hold)
+
+    def generate(**options):
+        return xtts.gpt.generate(voice[0], text, top_k=1, **exactly(10), **options)[0].tolist()
+
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(generate)
+        assert held.wait(60)
+        others = [generate() for _ in range(3)]  # each finds the second core idle, and the first at work
+        assert not first.done()
+        own = pool.submit(generate, typical_p=0.9, do_sample=True)
+        time.sleep(0.3)
+        assert not own.done()
+        done.set()
+        assert [first.result(60)] * 3 == others
+        own.result(60)
+    assert [context.scheduler.counts().calls for context in engines_of(xtts).contexts] == [1, 3]
+    assert fallbacks(xtts, "GPT.generate") == {"argument typical_p": 1}
+
+
+def test_the_queue_of_two_cores(xtts, voice, patch, monkeypatch):
+    """``queue`` calls wait in all, wherever: one more is refused."""
+    patch(xtts, backend="neuron:0-1", queue=3)
+    fake = xtts.gpt.compute_embeddings(voice[0], torch.arange(1, 10)[None])
+    options = {"output_hidden_states": True, "return_dict_in_generate": True, **exactly(10)}
+    go, begun = threading.Event(), threading.Semaphore(0)
+
+    def hold(*inputs):
+        begun.release()
+        assert go.wait(60)
+        raise RuntimeError("held")
+
+    for core in range(2):
+        monkeypatch.setattr(loaded_on(xtts, core), "_module", hold)
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(list, xtts.gpt.get_generator(fake_inputs=fake, **options)) for _ in range(2)]
+        assert begun.acquire(timeout=60)
+        assert begun.acquire(timeout=60)
+        calls += [pool.submit(list, xtts.gpt.get_generator(fake_inputs=fake, **options)) for _ in range(3)]
+        while neuron_xtts.report(xtts).batch.waiting < 3:
+            time.sleep(0.01)
+        with pytest.raises(neuron_xtts.QueueFullError):
+            list(xtts.gpt.get_generator(fake_inputs=fake, **options))
+        go.set()
+        for call in calls:
+            assert len(call.result(60)) == 10
+
+
+def test_a_core_that_fails_gets_no_more_calls(xtts, voice, patch, monkeypatch):
+    """Else it would get them all: where every call ends at once, there is always least to do."""
+    text = torch.arange(1, 10)[None]
+    patch(xtts, backend="neuron:0-1")
+
+    def fail(*inputs):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(loaded_on(xtts, 0), "_module", fail)
+    for _ in range(8):
+        xtts.gpt.generate(voice[0], text, top_k=1, **exactly(3))
+    assert sum(fallbacks(xtts, "GPT.generate").values()) == 3
+    assert [context.scheduler.counts().steps.total() for context in engines_of(xtts).contexts] == [0, 10]
+    assert neuron_xtts.report(xtts).missing == {
+        "decode 1x80": "core 0: given up after 3 errors in a row: RuntimeError: the device is gone"
+    }
 
 
 def test_threads(xtts, voice, patch):

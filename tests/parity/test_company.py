@@ -113,9 +113,13 @@ def assert_alike(ours, theirs, exact):
         torch.testing.assert_close(ours[1], theirs[1], rtol=0, atol=1e-5)
 
 
+def scheduler_of(xtts):
+    return find_patch(xtts).dispatcher.engines.first.scheduler
+
+
 def idle(xtts):
     """Whether nothing is left of any call."""
-    scheduler = find_patch(xtts).dispatcher.context.scheduler
+    scheduler = scheduler_of(xtts)
     batch = scheduler._batch
     return not (scheduler._queue or scheduler._running or scheduler._leader or batch.rows) and batch._state is None
 
@@ -196,7 +200,7 @@ def test_a_stream_is_not_made_far_ahead(xtts, voice):
     steps = stream.steps()
     found = [next(steps)]
     Request(xtts, voice, 2, max_new_tokens=80).whole()
-    scheduler = find_patch(xtts).dispatcher.context.scheduler
+    scheduler = scheduler_of(xtts)
     assert [len(call.steps) for call in scheduler._running] == [20]
     found += list(steps)
     codes, latents = zip(*found, strict=True)
@@ -343,7 +347,7 @@ def test_whoever_waits_is_interrupted(xtts, voice):
             raise KeyboardInterrupt
 
     assert len({request.text.shape[1] for request in requests}) == 3
-    scheduler = find_patch(xtts).dispatcher.context.scheduler
+    scheduler = scheduler_of(xtts)
     real = scheduler.run
 
     def run(call):
@@ -371,7 +375,7 @@ def test_a_queue_that_is_full(xtts, voice):
     neuron_xtts.patch(xtts, backend="cpu", buckets=BucketPlan(slots=(1,)), queue=0, strict=True)
     arguments = {"max_new_tokens": 30, **stop_after(xtts, None)}
     request, other = (Request(xtts, voice, seed, **arguments) for seed in range(2))
-    scheduler = find_patch(xtts).dispatcher.context.scheduler
+    scheduler = scheduler_of(xtts)
     real, refused = scheduler._tick, []
 
     def call():
@@ -391,6 +395,7 @@ def test_a_queue_that_is_full(xtts, voice):
     request.whole()
     thread.join()
     assert refused
+    assert neuron_xtts.report(xtts).batch.refused == 1
     other.whole()
     assert all_fallbacks(xtts) == {}
 
@@ -473,7 +478,7 @@ def test_coqui_tts_ends_sooner_than_the_graphs(xtts, voice, monkeypatch):
 
 def at_tick(xtts, number, action):
     """Have something happen when so many steps were made."""
-    scheduler = find_patch(xtts).dispatcher.context.scheduler
+    scheduler = scheduler_of(xtts)
     real, count = scheduler._tick, iter(range(10_000))
 
     def tick():
@@ -500,7 +505,7 @@ def test_meanwhile(xtts, voice, what):
     neuron_xtts.patch(xtts, backend="cpu", precision="int8")
     requests = [Request(xtts, voice, seed, max_new_tokens=20) for seed in range(3)]
     alone = [request.whole()[0] for request in requests]
-    scheduler = find_patch(xtts).dispatcher.context.scheduler
+    scheduler = scheduler_of(xtts)
     at_tick(xtts, 5, lambda: MEANWHILE[what](xtts))
     generates = [lambda r=r: xtts.gpt.generate(r.voice, r.text, **r.options) for r in requests]
     for ours, theirs in zip(together(*generates), alone, strict=True):
@@ -576,7 +581,7 @@ def test_a_fallback_does_not_wait_for_long_calls(xtts, voice):
         xtts.gpt.generate(voice[0], long[0].text, do_sample=True, typical_p=0.9, max_new_tokens=3)
         done.append(max(row.drawn for call in scheduler._running for row in call.rows))
 
-    scheduler = find_patch(xtts).dispatcher.context.scheduler
+    scheduler = scheduler_of(xtts)
     thread = threading.Thread(target=fall_back)
     at_tick(xtts, 3, thread.start)
     found = together(*(request.whole for request in long))
@@ -613,66 +618,68 @@ def test_a_stream_keeps_its_slot_beside_whole_calls(xtts, voice):
     assert parked == []
 
 
+@pytest.fixture
+def one_thread():
+    """torch computes on one, or itself hangs in a forked child."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_fork_finds_locks_open(xtts, voice):
+def test_a_fork_finds_locks_open(xtts, voice, one_thread):
     """Whoever held them at the fork is not there."""
     stop_after(xtts, None)
-    torch.set_num_threads(1)  # or torch itself hangs in a child
-    try:
-        neuron_xtts.patch(xtts, backend="cpu")
-        request = Request(xtts, voice, 1, max_new_tokens=5)
-        theirs = request.whole()[0]
-        context = find_patch(xtts).dispatcher.context
-        locks = [
-            find_patch(xtts).dispatcher.counters._lock, context.runner.counters._lock, context.latents._lock,
-            context.audio._lock, *(memo._lock for memo in context.voices.values()),
-        ]  # fmt: skip
-        held, done = threading.Event(), threading.Event()
+    neuron_xtts.patch(xtts, backend="cpu")
+    request = Request(xtts, voice, 1, max_new_tokens=5)
+    theirs = request.whole()[0]
+    dispatcher = find_patch(xtts).dispatcher
+    context = dispatcher.engines.first
+    locks = [
+        dispatcher.counters._lock, dispatcher.engines._lock, context.runner._counters._lock, context.latents._lock,
+        context.audio._lock, *(memo._lock for memo in context.voices.values()),
+    ]  # fmt: skip
+    held, done = threading.Event(), threading.Event()
 
-        def hold():
-            with contextlib.ExitStack() as stack:
-                for lock in locks:
-                    stack.enter_context(lock)
-                held.set()
-                done.wait(60)
+    def hold():
+        with contextlib.ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock)
+            held.set()
+            done.wait(60)
 
-        thread = threading.Thread(target=hold)
-        thread.start()
-        held.wait(60)
-        child = os.fork()
-        if child == 0:
-            signal.alarm(30)
-            os._exit(0 if torch.equal(request.whole()[0], theirs) else 1)
-        status = os.waitpid(child, 0)[1]
-        done.set()
-        thread.join()
-        assert status == 0
-    finally:
-        torch.set_num_threads(2)
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(60)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        os._exit(0 if torch.equal(request.whole()[0], theirs) else 1)
+    status = os.waitpid(child, 0)[1]
+    done.set()
+    thread.join()
+    assert status == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_fork(xtts, voice):
+def test_a_fork(xtts, voice, one_thread):
     """A child knows no calls but its own; a stream that its parent began is coqui-tts's there."""
     stop_after(xtts, None)
-    torch.set_num_threads(1)  # or torch itself hangs in a child
-    try:
-        neuron_xtts.patch(xtts, backend="cpu")
-        request, other = (Request(xtts, voice, seed, max_new_tokens=9, do_sample=True) for seed in range(2))
-        theirs, others = request.whole()[0], other.whole()[0]
-        steps = request.steps()
-        found = [next(steps)[0]]
-        child = os.fork()
-        if child == 0:
-            same = torch.equal(other.whole()[0], others)
-            codes = torch.stack([*found, *(code for code, _ in steps)], 1)
-            os._exit(0 if same and torch.equal(codes, theirs) else 1)
-        assert os.waitpid(child, 0)[1] == 0
-        found += [code for code, _ in steps]
-        assert torch.equal(torch.stack(found, 1), theirs)
-        assert all_fallbacks(xtts) == {}
-    finally:
-        torch.set_num_threads(2)
+    neuron_xtts.patch(xtts, backend="cpu")
+    request, other = (Request(xtts, voice, seed, max_new_tokens=9, do_sample=True) for seed in range(2))
+    theirs, others = request.whole()[0], other.whole()[0]
+    steps = request.steps()
+    found = [next(steps)[0]]
+    child = os.fork()
+    if child == 0:
+        same = torch.equal(other.whole()[0], others)
+        codes = torch.stack([*found, *(code for code, _ in steps)], 1)
+        os._exit(0 if same and torch.equal(codes, theirs) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    found += [code for code, _ in steps]
+    assert torch.equal(torch.stack(found, 1), theirs)
+    assert all_fallbacks(xtts) == {}
 
 
 @pytest.mark.slow
@@ -726,10 +733,12 @@ def test_the_report(xtts, voice):
         next(stream)
     batch = neuron_xtts.report(xtts).batch
     assert (batch.slots, batch.decoding, batch.waiting, batch.calls) == (2, 2, 0, 4)
+    assert batch.cancelled == 0
     del streams, stream
     together(*(request.whole for request in requests))
     report = neuron_xtts.report(xtts)
     assert (report.batch.decoding, report.batch.waiting, report.batch.calls) == (0, 0, 7)
+    assert (report.batch.cancelled, report.batch.refused) == (3, 0)  # the streams, which nobody heard to the end
     assert report.batch.longest >= report.batch.seconds / 7 > 0
     assert report.to_dict()["batch"]["steps"][2] > 5
     assert "of 2" in str(report)

@@ -39,7 +39,7 @@ def own(model, texts, seed, options):
 
 
 def scheduler_of(model):
-    return find_patch(neuron_xtts.api.find_xtts(model)).dispatcher.context.scheduler
+    return find_patch(neuron_xtts.api.find_xtts(model)).dispatcher.engines.first.scheduler
 
 
 def is_idle(model):

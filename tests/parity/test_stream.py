@@ -202,7 +202,7 @@ def test_streams_that_begin_at_once(xtts, voice, arguments):
     assert sum(fallbacks(xtts, "GPT.get_generator").values()) == (2 if arguments else 0)
     del begun, ids
     gc.collect()
-    prefixes = find_patch(xtts).dispatcher.context.prefixes
+    prefixes = find_patch(xtts).dispatcher.engines.first.prefixes
     assert not prefixes
 
 

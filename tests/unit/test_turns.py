@@ -11,7 +11,7 @@ import torch
 
 from neuron_xtts import turns as turns_module
 from neuron_xtts.backends.host.threads import end_team
-from neuron_xtts.turns import Turns, later, now
+from neuron_xtts.turns import AllTurns, Turns, later, now
 
 
 @pytest.fixture
@@ -226,3 +226,40 @@ def test_interrupts_anywhere(turns):
     ours.set()
     thread.join(10)
     assert not turns.wanted
+
+
+def test_all_turns():
+    """Whoever has all is alone, whoever has one is not, and engines that come later wait for whoever has all."""
+    both = AllTurns()
+    engines = both.of(2)
+    assert engines == both.of(2)
+    assert both.of(1) == [both.first] == engines[:1]
+    order = []
+
+    def work(name, take):
+        with take():
+            order.append(name)
+
+    threads = []
+    with both.take():
+        for name, take in (("second", engines[1].take), ("all", both.take), ("three", lambda: both.of(3)[2].take())):
+            threads.append(threading.Thread(target=work, args=(name, take)))
+            threads[-1].start()
+        waiting(engines[1], 1)
+        waiting(engines[0], 2)
+        assert order == []
+    for thread in threads:
+        thread.join(10)
+    assert sorted(order) == ["all", "second", "three"]
+    with engines[0].take():
+        thread = threading.Thread(target=work, args=("beside", engines[1].take))
+        thread.start()
+        thread.join(10)
+        assert order[-1] == "beside"
+        thread = threading.Thread(target=work, args=("all again", both.take))
+        thread.start()
+        waiting(engines[0], 1)
+        with both.take():  # a call of coqui-tts's own, inside of what runs on the first
+            assert all(turns.mine for turns in both.each)
+    thread.join(10)
+    assert order[-1] == "all again"

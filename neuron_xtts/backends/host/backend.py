@@ -49,6 +49,7 @@ class CpuBackend:
     """
 
     name = "cpu"
+    where = "host"
 
     def __init__(
         self,

@@ -64,6 +64,7 @@ class NeuronBackend:
         core: int,
         machine: str | None,
     ) -> None:
+        self.where = f"core {core}"
         self.graphs = graphs
         for graph in graphs.values():
             graph.use(HostOperators())  # what artifacts are compared with is not computed as they are

@@ -1,0 +1,93 @@
+"""Engines: every NeuronCore that a model is given has graphs, rows and turns of its own; the host is one engine."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+from neuron_xtts.locks import Lock, forgets
+from neuron_xtts.report import BatchCounts
+from neuron_xtts.routes.base import Context
+from neuron_xtts.turns import AllTurns
+
+
+class Place:
+    """That an engine serves a call: until a ``with`` block ends, or nobody holds it any more.
+
+    Args:
+        context: of the engine.
+        calls: that the engine serves.
+    """
+
+    def __init__(self, context: Context, calls: weakref.WeakSet[Place]) -> None:
+        self.context = context
+        self._calls = calls
+        calls.add(self)
+
+    def __enter__(self) -> Context:
+        return self.context
+
+    def __exit__(self, *error: object) -> None:
+        self._calls.discard(self)
+
+
+class Engines:
+    """The engines of one patched model. A call goes to the one that has least to do, and stays there.
+
+    Args:
+        contexts: one for each engine; they share what is remembered.
+        turns: of all of them.
+    """
+
+    def __init__(self, contexts: Sequence[Context], turns: AllTurns) -> None:
+        self.contexts = contexts
+        self.turns = turns
+        self._lock = Lock()
+        self.forget()
+        forgets(self)
+
+    def forget(self) -> None:
+        """Nobody calls: in a forked child."""
+        # Of each engine, the calls that generate codes, and the others.
+        self._calls = [(weakref.WeakSet[Place](), weakref.WeakSet[Place]()) for _ in self.contexts]
+
+    @property
+    def first(self) -> Context:
+        """The first, for what is the same on all."""
+        return self.contexts[0]
+
+    def place(self, *, generates: bool) -> Place:
+        """A place for a call: where fewest graphs are missing, fewest calls of its kind are served, and of the other.
+
+        Args:
+            generates: whether it waits for slots.
+        """
+
+        def load(number: int) -> tuple[int, ...]:
+            generating, others = map(len, self._calls[number])
+            calls = (generating, others) if generates else (others, generating)
+            # Else a core on which everything fails at once, and so never has much to do, would be given every call.
+            return len(self.contexts[number].runner.backend.unavailable), *calls
+
+        with self._lock:
+            number = min(range(len(self.contexts)), key=load)
+            return Place(self.contexts[number], self._calls[number][not generates])
+
+    def counts(self) -> BatchCounts:
+        """What became of rows so far, on all engines together."""
+        return sum((context.scheduler.counts() for context in self.contexts), BatchCounts())
+
+    def missing(self) -> dict[str, str]:
+        """Graphs and buckets that are not to be had, with the reason; where engines differ, with theirs."""
+        found: dict[str, dict[int, str]] = {}
+        for number, context in enumerate(self.contexts):
+            for graph, reason in context.runner.missing().items():
+                found.setdefault(graph, {})[number] = reason
+        return {graph: self._said(reasons) for graph, reasons in found.items()}
+
+    def _said(self, reasons: dict[int, str]) -> str:
+        if len(reasons) == len(self.contexts) and len(set(reasons.values())) == 1:
+            return reasons[0]
+        return "; ".join(
+            f"{self.contexts[number].runner.backend.where}: {reason}" for number, reason in reasons.items()
+        )
