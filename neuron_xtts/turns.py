@@ -142,6 +142,7 @@ class Turns:
                         self._pass_on()
                 if self.mine:
                     return
+                end_team()  # of what it computed without a turn, such as embeddings
                 waiting.go.wait(POLL)
         finally:  # after KeyboardInterrupt, too; a turn that has come meanwhile `take` ends
             with self._lock:

@@ -218,6 +218,7 @@ class Scheduler:
                 if leads:
                     self._lead(call)
                 elif not call.ready:
+                    self._runner.turns.rest()
                     call.woken.wait(POLL)
         finally:
             call.waited_for = False

@@ -744,6 +744,31 @@ def test_the_report(xtts, voice):
     assert "of 2" in str(report)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux does")
+def test_who_waits_has_no_team(xtts, voice):
+    """It would slow down the one that computes for all: with more threads than processors, none waits awake."""
+    stop_after(xtts, None)
+    neuron_xtts.patch(xtts, backend="cpu", strict=True)
+    requests = [Request(xtts, voice, seed, max_new_tokens=60) for seed in range(4)]
+    before, counts = len(os.listdir("/proc/self/task")), []
+    real = scheduler_of(xtts)._tick
+
+    def tick():
+        worked = real()
+        counts.append(len(os.listdir("/proc/self/task")))
+        return worked
+
+    def say(request):
+        torch.set_num_threads(2)
+        torch.exp(torch.randn(600, 600))  # embeddings of a model of full size
+        request.whole()
+
+    scheduler_of(xtts)._tick = tick
+    together(*(lambda request=request: say(request) for request in requests))
+    assert max(neuron_xtts.report(xtts).batch.steps) == 4
+    assert sorted(counts)[len(counts) // 2] <= before + len(requests) + 1, (before, counts)
+
+
 def test_audio_of_many(xtts, voice):
     """Whole utterances and streams through the public calls: each has the audio that it has alone."""
     options = {"max_new_tokens": 40, **stop_after(xtts, 33)}

@@ -171,6 +171,30 @@ def test_no_team_is_left(turns, how):
     assert counts[1] == counts[0] - 1
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux does")
+def test_no_team_waits(turns):
+    """Whoever computed without a turn, and now waits for one, has no team that would slow down the one that has it."""
+    counts = []
+
+    def work():
+        torch.set_num_threads(2)
+        torch.exp(torch.randn(600, 600))
+        counts.append(len(os.listdir("/proc/self/task")))
+        with turns.take():
+            pass
+
+    thread = threading.Thread(target=work)
+    with turns.take():
+        thread.start()
+        waiting(turns, 1)
+        for _ in range(1000):
+            if len(os.listdir("/proc/self/task")) < counts[0]:
+                break
+            time.sleep(0.005)
+        assert len(os.listdir("/proc/self/task")) == counts[0] - 1
+    thread.join(10)
+
+
 class InterruptedAt:
     """Raises KeyboardInterrupt in this thread as it enters a function of turns.py for the ``number``-th time."""
 
