@@ -156,7 +156,7 @@ def _neuron(backend: str, target: str | None, to_run: bool) -> Neuron | None:
     """What there is of Neuron, if it can be used; None where ``"auto"`` means the host."""
     neuron = find_neuron()
     neuron = replace(neuron, target=target or neuron.target)
-    problems = [*neuron.package_problems(), *(neuron.device_problems() if to_run else ())]
+    problems = [*neuron.package_problems(), *(neuron.device_problems() if to_run else neuron.compiler_problems())]
     nameless = not problems and neuron.target is None
     if nameless:
         problems.append(

@@ -60,7 +60,8 @@ WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 # Compilers before this one compute a convolution wrongly, without a word, if its kernel is smaller than its dilation
 # (release notes of Neuron 2.30).
 SMALL_KERNELS_FIXED = Version("2.25")
-# The first to know these flags, and to announce that 64-bit integers will become errors without them.
+# The first to know these flags, and to announce that 64-bit integers will become errors without them. They are
+# documented for trn2 and later, and other flags of that kind are refused for other targets.
 _INT64_FLAGS_SINCE = Version("2.27")
 _INT64_FLAGS = ("--native-int64=disabled", "--implicit-integer-downcast=all")
 
@@ -125,7 +126,7 @@ class Precision:
         arguments = [f"--target={target}", f"--model-type={spec.model_type}", *self.casts(graph)]
         if target in spec.optlevel:
             arguments.append(f"--optlevel={spec.optlevel[target]}")
-        if Version(compiler) >= _INT64_FLAGS_SINCE:
+        if target == "trn2" and Version(compiler) >= _INT64_FLAGS_SINCE:
             arguments += _INT64_FLAGS
         return (*arguments, *self.arguments.get(graph, "").split())
 

@@ -18,6 +18,8 @@ from neuron_xtts.coqui.models import random_tts
 from neuron_xtts.tools.recordings import write_reference
 
 torch.set_num_threads(2)
+# Programs of the environment are found, as where it is activated.
+os.environ["PATH"] = device.scripts_on_path()
 # The same examples in every run: two codes whose probabilities differ by less than rounding are one draw in a million.
 settings.register_profile("reproducible", derandomize=True)
 settings.load_profile("reproducible")
@@ -95,17 +97,7 @@ def neuron_root(tmp_path_factory):
 @pytest.fixture
 def neuron(neuron_root, tmp_path, monkeypatch):
     """This process on that machine, in an empty folder: the compiler leaves some where it is started."""
-    yield from on_neuron(neuron_root, monkeypatch)
-
-
-def on_neuron(folder, monkeypatch):
-    for name in [name for name in os.environ if name.startswith("NEURON_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.syspath_prepend(folder / "site")
-    monkeypatch.setenv("NEURON_DOUBLE_ROOT", str(folder / "root"))
-    monkeypatch.setattr(device, "ROOT", folder / "root")
-    yield folder
-    neuron_double.forget()
+    yield from neuron_double.on_neuron(neuron_root, monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -118,7 +110,7 @@ def compiled(tts_original, neuron_root, small_plan, tmp_path_factory):
     store = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
     with FileLock(f"{store}.lock"), pytest.MonkeyPatch.context() as monkeypatch:
         if not store.exists():
-            for _ in on_neuron(neuron_root, monkeypatch):
+            for _ in neuron_double.on_neuron(neuron_root, monkeypatch):
                 summary = neuron_xtts.compile(
                     tts_original, backend="neuron", buckets=small_plan, store=store, jobs=2, progress=False
                 )

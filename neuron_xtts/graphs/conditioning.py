@@ -142,7 +142,7 @@ class ResamplerLayer(Graph):
         )
         latents = latents + self.to_out(self.operators.attention(q, k, v).transpose(1, 2).flatten(2))
         x, gates = self.expand(latents).chunk(2, dim=-1)
-        latents = latents + self.contract(x * F.gelu(gates))
+        latents = latents + self.contract(x * self.operators.gelu(gates))
         return latents
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 # Added to the score of a position that must not be attended to. Finite, because compilers turn infinities into NaN;
 # in fp32 its exponential is exactly zero.
 MASKED = -1e9
+
+_SQRT_2_BY_PI = math.sqrt(2 / math.pi)
+_SQRT_HALF = math.sqrt(0.5)
 
 
 class Mask(Protocol):
@@ -41,6 +45,16 @@ class Operators:
     def leaky_relu(self, x: Tensor, slope: float, *, inplace: bool = False) -> Tensor:
         """``x`` where positive, else ``slope`` times ``x``, for 0 < slope < 1; in place only if it may be."""
         return torch.maximum(x, x * slope)  # torch's own lowers to a program with a 64-bit float
+
+    def gelu(self, x: Tensor, *, tanh: bool = False) -> Tensor:
+        """GELU, or its approximation by a hyperbolic tangent.
+
+        Written out, because torch_neuronx puts a call of its own in place of torch's function, another program than the
+        one that is lowered and compared here.
+        """
+        if tanh:
+            return 0.5 * x * (1 + torch.tanh(x * (_SQRT_2_BY_PI + _SQRT_2_BY_PI * 0.044715 * (x * x))))
+        return 0.5 * x * (1 + torch.erf(x * _SQRT_HALF))
 
     def masked(self, x: Tensor, mask: Mask | None) -> Tensor:
         """``x`` (B, C, T) with its padding set to zero, if there is any."""

@@ -12,7 +12,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from neuron_xtts.graphs.operators import MASKED, Graph
 
@@ -112,7 +111,7 @@ class Trunk(Graph):
         """What follows attention in one block: output projection, residuals and MLP. (B, L, D)."""
         linear = self.operators.linear
         x = x + linear(block.attn.c_proj, attended.transpose(1, 2).reshape(x.shape))
-        hidden = F.gelu(linear(block.mlp.c_fc, block.ln_2(x)), approximate="tanh")  # (B, L, 4 D)
+        hidden = self.operators.gelu(linear(block.mlp.c_fc, block.ln_2(x)), tanh=True)  # (B, L, 4 D)
         return x + linear(block.mlp.c_proj, hidden)
 
     def latents(self, x: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -13,7 +11,15 @@ from collections.abc import Iterator
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from neuron_xtts.backends.neuron.device import OLDEST, PACKAGES, Neuron, find_neuron
+from neuron_xtts.backends.neuron.device import (
+    NATIVE,
+    OLDEST,
+    PACKAGES,
+    Neuron,
+    find_neuron,
+    import_module,
+    installed,
+)
 from neuron_xtts.backends.neuron.store import Store
 from neuron_xtts.buckets import bucket_name
 from neuron_xtts.coqui.find import SUPPORTED
@@ -49,7 +55,7 @@ def examine(store: Store, model: Xtts | None = None, options: Options | None = N
     neuron = find_neuron()
     problems = [*_version_problems(), *_traps()]
     if neuron.there:
-        problems += [*neuron.package_problems(), *neuron.device_problems()]
+        problems += [*neuron.package_problems(), *neuron.compiler_problems(), *neuron.device_problems()]
     sections = [
         f"neuron_xtts {__version__}, Python {platform.python_version()}, {platform.platform()}",
         table(("package", "installed", "supported"), list(_packages(neuron))),
@@ -61,21 +67,16 @@ def examine(store: Store, model: Xtts | None = None, options: Options | None = N
     return "\n\n".join(sections), problems
 
 
-def _installed(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _packages(neuron: Neuron) -> Iterator[tuple[str, ...]]:
     for package, supported in SUPPORTED.items():
-        yield package, _installed(package) or "-", supported
+        yield package, installed(package) or "-", supported
     for package in _OTHERS:
-        yield package, _installed(package) or "-", ""
+        yield package, installed(package) or "-", ""
     for package in PACKAGES:
         supported = f">={OLDEST[package]}" if package in OLDEST else ""
+        supported += f",<{NATIVE}" if package == "torch-neuronx" else ""
         yield package, neuron.versions.get(package, "-"), supported
+    yield "islpy", neuron.islpy or "-", ""
 
 
 def _hardware(neuron: Neuron) -> Iterator[tuple[str, ...]]:
@@ -121,25 +122,25 @@ def _graphs(model: Xtts, options: Options) -> Iterator[tuple[str, ...]]:
 
 def _version_problems() -> Iterator[str]:
     for package, supported in SUPPORTED.items():
-        installed = _installed(package)
-        if installed is None:
+        there = installed(package)
+        if there is None:
             yield f'{package} is not installed: pip install "{package}{supported}"'
-        elif not SpecifierSet(supported).contains(installed, prereleases=True):
-            yield f'{package} {installed} is not supported: pip install "{package}{supported}"'
+        elif not SpecifierSet(supported).contains(there, prereleases=True):
+            yield f'{package} {there} is not supported: pip install "{package}{supported}"'
 
 
 def _traps() -> Iterator[str]:
     """What is known to go wrong with these packages, if it did."""
-    coqui, transformers = _installed("coqui-tts"), _installed("transformers")
+    coqui, transformers = installed("coqui-tts"), installed("transformers")
     if coqui and transformers and Version(transformers) >= Version("5") and Version(coqui) < Version("0.27.5"):
         yield (
             f"coqui-tts {coqui} does not work with transformers {transformers} (ImportError: cannot import name "
             "'isin_mps_friendly'): pip install \"transformers<5\", or a newer coqui-tts; or this is not the virtual "
             f"environment you meant ({sys.prefix})"
         )
-    if _installed("six") is None:
+    if installed("six") is None:
         yield "six is not installed, which coqui-tts imports without saying so: pip install six"
-    torch, neuronx = _installed("torch"), _installed("torch-neuronx")
+    torch, neuronx = installed("torch"), installed("torch-neuronx")
     if (
         torch
         and neuronx
@@ -157,6 +158,6 @@ def _traps() -> Iterator[str]:
 
 def _import_problem(module: str) -> Iterator[str]:
     try:
-        importlib.import_module(module)
+        import_module(module)
     except Exception as error:
         yield f"import {module} fails: {describe(error)}"

@@ -102,6 +102,28 @@ def test_jobs_that_fail_leave_the_others_alone(tts, neuron, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
+def test_a_frontend_that_dies_outside_of_the_compiler(tts, tmp_path, monkeypatch, caplog):
+    """It keeps a graph from being looked at before it is compiled, not from being compiled."""
+    neuron_double.install(tmp_path / "site")
+    neuron_double.machine(tmp_path / "root")
+    neuron_double.spoil_frontend(tmp_path / "site")
+    for _ in neuron_double.on_neuron(tmp_path, monkeypatch):
+        summary = neuron_xtts.compile(tts, store=tmp_path / "store", buckets=vocoders(64), progress=False)
+    assert [(entry.status, entry.reason) for entry in summary.entries] == [("compiled", None)]
+    assert "vocoder-64" in caplog.text
+    assert "cannot be looked at before it is compiled: lower: died of SIGABRT" in caplog.text
+
+
+@pytest.mark.slow
+def test_jobs_that_take_each_others_cores(tts, neuron, tmp_path, monkeypatch):
+    """Those that were told so are compiled once more, one after another."""
+    monkeypatch.setenv("NEURON_DOUBLE_FAULT", "alone")
+    monkeypatch.setenv("NEURON_DOUBLE_ALONE", str(tmp_path / "alone"))
+    summary = neuron_xtts.compile(tts, store=tmp_path / "store", buckets=vocoders(64, 65, 66), jobs=3, progress=False)
+    assert [(entry.status, entry.reason) for entry in summary.entries] == [("compiled", None)] * 3
+
+
+@pytest.mark.slow
 def test_a_miscompiled_graph_is_quarantined(tts, neuron, tmp_path, monkeypatch, voice):
     monkeypatch.setenv("NEURON_DOUBLE_FAULT", "miscompile:vocoder-64")
     summary = neuron_xtts.compile(tts, store=tmp_path, buckets=vocoders(64), progress=False)
@@ -424,9 +446,9 @@ def test_commands_without_neuron(tmp_path, monkeypatch, capsys):
 def test_the_traps_that_doctor_names(tmp_path, monkeypatch, capsys):
     from neuron_xtts.tools import doctor
 
-    real = doctor._installed
+    real = doctor.installed
     installed = {"coqui-tts": "0.27.3", "transformers": "5.1.0", "six": None}
-    monkeypatch.setattr(doctor, "_installed", lambda package: installed.get(package, real(package)))
+    monkeypatch.setattr(doctor, "installed", lambda package: installed.get(package, real(package)))
     neuron_double.install(tmp_path / "site", torch_neuronx="1.0", neuronx_cc="1.0")
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.setattr(device, "ROOT", tmp_path)

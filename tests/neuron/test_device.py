@@ -1,7 +1,12 @@
 """What there is of Neuron: stubs, packages without a driver, devices; precisions and compiler arguments."""
 
+import re
+from pathlib import Path
+
 import neuron_double
 import pytest
+import tomllib
+from packaging.requirements import Requirement
 
 import neuron_xtts
 from neuron_xtts import NeuronMissingError, Precision
@@ -56,6 +61,58 @@ def test_packages_that_are_too_old(host):
     packages, _ = problems()
     assert packages[0].startswith("torch-neuronx 2.7.0.2.9.9357 is too old, 2.8 is needed")
     assert packages[1].startswith("neuronx-cc 2.20.9961.0 is too old, 2.21 is needed")
+
+
+def test_native_torchneuron(host, xtts):
+    """What an unpinned install fetches since SDK 2.33 has the same name."""
+    neuron_double.install(host / "site", torch_neuronx="2.14.3.0.2.33.1234", neuronx_cc="2.28.7631.0")
+    neuron_double.machine(host / "root")
+    (problem,), _ = problems()
+    assert problem.startswith(
+        "torch-neuronx 2.14.3.0.2.33.1234 is native TorchNeuron, which has no torch_neuronx.trace"
+    )
+    assert problem.endswith("torch-neuronx==2.9.0.2.15.32035 neuronx-cc==2.26.6360.0")
+    with pytest.raises(NeuronMissingError, match="native TorchNeuron"):
+        neuron_xtts.compile(xtts, backend="neuron")
+    with pytest.raises(NeuronMissingError, match="native TorchNeuron"):
+        neuron_xtts.patch(xtts, backend="neuron")
+
+
+def test_a_compiler_that_refuses_everything(host, xtts):
+    """AWS's own page installs it. What is compiled already runs."""
+    neuron_double.install(host / "site", neuronx_cc="2.27.5334.0", islpy="2026.2.1")
+    neuron_double.machine(host / "root")
+    remedy = r"neuronx-cc 2\.27\.5334\.0 fails with islpy 2026\.2\.1 .*: pip install islpy==2026\.1$"
+    with pytest.raises(NeuronMissingError, match=remedy):
+        neuron_xtts.compile(xtts, backend="neuron")
+    assert problems() == ([], [])
+    for compiler, islpy in (("2.27.5334.0", "2026.1"), ("2.26.6360.0", "2026.2.1"), ("2.27.5334.0", None)):
+        neuron_double.install(host / "site", neuronx_cc=compiler, islpy=islpy)
+        assert list(device.find_neuron().compiler_problems()) == []
+
+
+def test_versions_are_said_once():
+    """What the error tells people to type is what pyproject.toml and the constraints install."""
+    root = Path(__file__).parents[2]
+    pins = {f"{package}=={version}" for package, version in device.VERSIONS.items()}
+    assert pins <= set((root / "constraints/neuron.txt").read_text().splitlines())
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]["neuron"]
+    wanted = {requirement.name: requirement.specifier for requirement in map(Requirement, extras)}
+    for package, version in device.VERSIONS.items():
+        assert wanted[package].contains(version)
+        assert not wanted[package].contains("2.28.7631.0")
+    assert not wanted["torch-neuronx"].contains("2.14.3.0")
+
+
+def test_install_lines_are_pinned():
+    """None in the project can fetch native TorchNeuron, or whatever compiler is the newest."""
+    root = Path(__file__).parents[2]
+    files = [root / "README.md", *root.glob("docs/*.md"), *root.rglob("neuron_xtts/**/*.py"), *root.glob("examples/*")]
+    lines = "".join(path.read_text().replace("\\\n", " ") + "\n" for path in files).splitlines()
+    installs = [line for line in lines if "pip install" in line and re.search("torch-neuronx|neuronx-cc", line)]
+    assert len(installs) > 1
+    for line in installs:
+        assert not re.search(r"pip install[^`]*\b(torch-neuronx|neuronx-cc)(?!==|[\w-])", line), line
 
 
 def test_packages_without_a_driver(host, xtts):
@@ -148,8 +205,9 @@ ARGUMENTS = {
         "--target=inf2 --model-type=transformer --auto-cast=all --auto-cast-type=bf16",
     ("bf16-all", "vocoder", "inf2", "2.22.12471.0"):
         "--target=inf2 --model-type=generic --auto-cast=all --auto-cast-type=bf16 --optlevel=1",
-    ("fp32", "decode", "inf2", "2.27.5334.0"):
-        "--target=inf2 --model-type=transformer --auto-cast=none --native-int64=disabled "
+    ("fp32", "decode", "inf2", "2.27.5334.0"): "--target=inf2 --model-type=transformer --auto-cast=none",
+    ("fp32", "decode", "trn2", "2.27.5334.0"):
+        "--target=trn2 --model-type=transformer --auto-cast=none --native-int64=disabled "
         "--implicit-integer-downcast=all",
 }  # fmt: skip
 

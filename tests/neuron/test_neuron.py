@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -511,6 +512,14 @@ def test_the_core(xtts, voice, patch, monkeypatch):
     monkeypatch.setenv("NEURON_RT_VISIBLE_CORES", "1")
     with pytest.raises(ValueError, match="'neuron:1': this process may use 1 NeuronCores"):
         patch(xtts, backend="neuron:1")
+
+
+def test_a_service_without_the_environment_on_its_path(xtts, voice, patch, monkeypatch):
+    """As where systemd starts ``venv/bin/python``: what the import of torch_neuronx runs is found."""
+    monkeypatch.setenv("PATH", os.defpath)
+    patch(xtts, strict=True)
+    speak(xtts, voice, **exactly(5))
+    assert neuron_xtts.report(xtts).missing == {}
 
 
 def test_two_cores(xtts, voice, patch):

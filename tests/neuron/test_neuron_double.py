@@ -1,5 +1,6 @@
 """The double of torch_neuronx: it computes what was lowered, and refuses what the real one refuses."""
 
+import contextlib
 import importlib
 import os
 import subprocess
@@ -454,9 +455,41 @@ def test_refused_compiler_arguments(neuron, capsys, arguments):
         compiled(neuron, Double(), torch.ones(2), arguments=("--target", "inf2"))
 
 
-def test_compiler_arguments_of_2_27(site, root):
-    arguments = f"{TARGET} --native-int64=disabled --implicit-integer-downcast=all"
-    compiled(fresh(site, neuronx_cc="2.27.5334.0"), Double(), torch.ones(2), arguments=arguments)
+@pytest.mark.parametrize("flag", ["--native-int64=disabled", "--implicit-integer-downcast all"])
+def test_compiler_arguments_of_2_27(site, root, capsys, flag):
+    """Documented for trn2, and for what comes after it."""
+    neuron = fresh(site, neuronx_cc="2.27.5334.0")
+    compiled(neuron, Double(), torch.ones(2), arguments=f"--target trn2 {flag}")
+    with pytest.raises(RuntimeError, match=r"neuronx-cc failed with 1$"):
+        compiled(neuron, Double(), torch.ones(2), arguments=f"{TARGET} {flag}")
+    assert "NCC_EARG001" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("compiler", "islpy", "fails"),
+    [("2.27.5334.0", "2026.2.1", True), ("2.27.5334.0", "2026.1", False), ("2.26.6360.0", "2026.2.1", False)],
+)
+def test_the_solver_of_the_compiler(site, root, capsys, compiler, islpy, fails):
+    neuron = fresh(site, neuronx_cc=compiler, islpy=islpy)
+    with pytest.raises(RuntimeError, match="failed with 70") if fails else contextlib.nullcontext():
+        compiled(neuron, Double(), torch.ones(2))
+    assert ("[NCC_ISMP902] Simplifier error: is_subset()" in capsys.readouterr().err) == fails
+
+
+def test_the_import_runs_a_program_of_the_environment(site, monkeypatch):
+    monkeypatch.setenv("PATH", os.defpath)
+    with pytest.raises(FileNotFoundError, match="libneuronpjrt-path"):
+        fresh(site)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_is_a_custom_call(host, approximate):
+    with pytest.raises(NotImplementedError, match="AwsNeuronGelu"):
+        compiled(host, lambda x: F.gelu(x, approximate=approximate), torch.ones(2))
+
+
+def test_native_torchneuron(site):
+    assert not hasattr(fresh(site, torch_neuronx="2.14.3.0.2.33.1234"), "trace")
 
 
 # The compiler

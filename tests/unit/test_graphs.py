@@ -89,6 +89,12 @@ def test_both_forms_of_attention():
         torch.testing.assert_close(PLAIN.attention(q, k, v, given), HostOperators().attention(q, k, v, given))
 
 
+@pytest.mark.parametrize("tanh", [False, True])
+def test_both_forms_of_gelu(tanh):
+    x = torch.linspace(-12, 12, 9999)
+    torch.testing.assert_close(PLAIN.gelu(x, tanh=tanh), HostOperators().gelu(x, tanh=tanh), rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_lazy_zeros(dtype):
     zeros = lazy_zeros((2, 3, 5), dtype)

@@ -55,6 +55,10 @@ class HostOperators(Operators):
         """See `Operators.leaky_relu`."""
         return F.leaky_relu(x, slope, inplace)
 
+    def gelu(self, x: Tensor, *, tanh: bool = False) -> Tensor:
+        """See `Operators.gelu`."""
+        return F.gelu(x, approximate="tanh" if tanh else "none")
+
     def masked(self, x: Tensor, mask: Mask | None) -> Tensor:
         """See `Operators.masked`."""
         if isinstance(mask, Padding):

@@ -17,6 +17,7 @@ from torch import Tensor
 from neuron_xtts.backends import Exclusive
 from neuron_xtts.backends.host.operators import HostOperators
 from neuron_xtts.backends.memory import lazy_zeros
+from neuron_xtts.backends.neuron.device import import_module
 from neuron_xtts.backends.neuron.store import Artifact, Recipe, Store
 from neuron_xtts.backends.neuron.verification import deviation
 from neuron_xtts.buckets import Bucket, BucketPlan, bucket_name
@@ -163,8 +164,7 @@ class LoadedGraph:
     """
 
     def __init__(self, artifact: Artifact, recipe: Recipe, core: int) -> None:
-        import torch_neuronx
-
+        torch_neuronx = import_module("torch_neuronx")
         self.recipe = recipe
         self.states: list[Tensor] = []
         self._owner: weakref.ref[NeuronState] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -27,6 +28,8 @@ from neuron_xtts.graphs.operators import Graph
 from neuron_xtts.precision import Precision, has_small_kernel_defect
 from neuron_xtts.tables import table
 from neuron_xtts.version import __version__
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -156,18 +159,26 @@ def lower_all(graphs: Mapping[str, Graph], plan: BucketPlan, scratch: Path, *, p
     """
     buckets = [(name, bucket) for name in graphs for bucket in plan.buckets(name)]
     with Jobs(scratch, graphs, workers=None, timeout=TIMEOUT, fill=False) as jobs:
-        futures = [jobs.pool.submit(_lower, jobs, *bucket) for bucket in buckets]
+        futures = [jobs.pool.submit(_lowering, jobs, *bucket) for bucket in buckets]
         for _ in tqdm(as_completed(futures), total=len(futures), desc="lowering", unit="graph", disable=not progress):
             pass
         return [future.result() for future in futures]
 
 
-def _lower(jobs: Jobs, graph: str, bucket: Bucket) -> Lowering:
+def _lowering(jobs: Jobs, graph: str, bucket: Bucket) -> Lowering:
     try:
-        return Lowering(**jobs.run("lower", graph, bucket, _ON_HOST).data)
+        return _lower(jobs, graph, bucket, _ON_HOST)
     except JobError as error:
         return Lowering(graph, bucket_name(bucket), {}, 0, 0, [], [], [str(error)])
 
+
+def _lower(jobs: Jobs, graph: str, bucket: Bucket, environment: Mapping[str, str]) -> Lowering:
+    return Lowering(**jobs.run("lower", graph, bucket, environment).data)
+
+
+# What the runtime says where another process has the cores. Compiling needs none; whether torch_neuronx takes one all
+# the same is not documented.
+_NOT_AVAILABLE = "not available"
 
 # The frontend's own CPU device: lowering must not need, or take, a NeuronCore.
 _ON_HOST = {"PJRT_DEVICE": "CPU"}
@@ -221,6 +232,9 @@ def _compile_each(jobs: Jobs, recipes: Sequence[Recipe], store: Store, progress:
             entry = made[futures[future].name] = future.result()
             bar.set_postfix_str(f"{entry.graph} {bucket_name(entry.bucket)} {entry.status}")
             bar.update()
+    for recipe in ordered:  # those that found the cores taken, maybe by each other, once more, one after another
+        if _NOT_AVAILABLE in (made[recipe.name].reason or ""):
+            made[recipe.name] = _compile(jobs, recipe, store)
     return made
 
 
@@ -265,9 +279,17 @@ def _locked(jobs: Jobs, recipe: Recipe, store: Store) -> Iterator[None]:
 
 
 def _make(jobs: Jobs, recipe: Recipe, store: Store) -> Artifact:
-    if problems := _lower(jobs, recipe.graph, recipe.bucket).problems:
-        raise JobError("; ".join(problems))
     environment, arguments = {TARGET_VARIABLE: recipe.target}, list(recipe.arguments)
+    try:
+        problems = _lower(jobs, recipe.graph, recipe.bucket, environment | _ON_HOST).problems
+    except JobError as error:
+        if jobs.stopped:
+            raise
+        # What is wrong with the graph, or with torch_neuronx's frontend where it is not compiling: that job tells.
+        logger.warning("%s cannot be looked at before it is compiled: %s", recipe.name, str(error).partition("\n")[0])
+        problems = []
+    if problems:
+        raise JobError("; ".join(problems))
     done = jobs.run("compile", recipe.graph, recipe.bucket, environment, arguments=arguments)
     folder = done.folder / "artifact"
     folder.mkdir()

@@ -1,13 +1,19 @@
-"""What there is of AWS Neuron on this machine: packages, driver, devices. Nothing of Neuron is imported to find out."""
+"""What there is of AWS Neuron on this machine: packages, driver, devices. Nothing of Neuron is imported to find out.
+
+And how to import it, once it is wanted.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from packaging.version import Version
 
@@ -25,11 +31,19 @@ CORES_PER_DEVICE = {
 
 PACKAGES = ("torch-neuronx", "neuronx-cc", "libneuronxla")
 INDEX = "https://pip.repos.neuron.amazonaws.com"
-INSTALL = f"pip install --extra-index-url {INDEX} torch-neuronx neuronx-cc"
-#: The oldest versions that are supported. pyproject.toml says the same.
+#: Versions that go together. Never without them: torch-neuronx asks for no version of neuronx-cc, and the newest
+#: torch-neuronx is `NATIVE`. pyproject.toml and constraints/neuron.txt say the same.
+VERSIONS = {"torch-neuronx": "2.9.0.2.15.32035", "neuronx-cc": "2.26.6360.0"}
+INSTALL = f"pip install --extra-index-url {INDEX} " + " ".join(f"{name}=={v}" for name, v in VERSIONS.items())
+#: The oldest versions that are supported.
 OLDEST = {"torch-neuronx": Version("2.8"), "neuronx-cc": Version("2.21")}
+#: From this version on torch-neuronx is native TorchNeuron: another program, without ``torch_neuronx.trace``.
+NATIVE = Version("2.10")
 # What PyPI has under the names of the Neuron packages is empty, and of version 1.0.
 _STUB = Version("2")
+# neuronx-cc from the former on asks for islpy "~=2026.1", but fails with what is newer than the latter: [NCC_ISMP902],
+# for nearly every program (github.com/aws-neuron/aws-neuron-sdk/issues/1391).
+_NEEDS_ISLPY_SINCE, _ISLPY = Version("2.27"), "2026.1"
 
 TARGET_VARIABLE = "NEURON_PLATFORM_TARGET_OVERRIDE"
 
@@ -40,6 +54,7 @@ class Neuron:
 
     Attributes:
         versions: of the Neuron packages that are installed.
+        islpy: version of the compiler's solver; None if it is not installed.
         driver: whether the kernel has Neuron's driver.
         devices: Neuron devices (chips).
         instance: type of the instance, such as ``inf2.xlarge``; None if the machine does not say.
@@ -47,6 +62,7 @@ class Neuron:
     """
 
     versions: dict[str, str]
+    islpy: str | None
     driver: bool
     devices: int
     instance: str | None
@@ -65,6 +81,20 @@ class Neuron:
                 )
             elif Version(installed) < oldest:
                 yield f"{package} {installed} is too old, {oldest} is needed: {INSTALL}"
+            elif package == "torch-neuronx" and Version(installed) >= NATIVE:
+                yield (
+                    f"torch-neuronx {installed} is native TorchNeuron, which has no torch_neuronx.trace and runs on "
+                    f"Trainium2 and later alone; this library needs the one of PyTorch/XLA: {INSTALL}"
+                )
+
+    def compiler_problems(self) -> Iterator[str]:
+        """What keeps the compiler that is installed from compiling anything, with the remedy."""
+        compiler = Version(self.versions.get("neuronx-cc", "0"))
+        if compiler >= _NEEDS_ISLPY_SINCE and self.islpy and Version(self.islpy).release > Version(_ISLPY).release:
+            yield (
+                f"neuronx-cc {compiler} fails with islpy {self.islpy} ([NCC_ISMP902], aws-neuron-sdk#1391): "
+                f"pip install islpy=={_ISLPY}"
+            )
 
     def device_problems(self) -> Iterator[str]:
         """What keeps graphs from running here, with the remedy; empty where there is a usable device."""
@@ -92,21 +122,42 @@ class Neuron:
 
 def find_neuron() -> Neuron:
     """Look for Neuron on this machine."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    versions = {package: found for package in PACKAGES if (found := installed(package))}
     instance = _read("sys/devices/virtual/dmi/id/product_name").strip() or None
     target = os.environ.get(TARGET_VARIABLE) or (instance or "").partition(".")[0]
     return Neuron(
         versions=versions,
+        islpy=installed("islpy"),
         driver=re.search(r"^\s*\d+ neuron$", _read("proc/devices"), re.MULTILINE) is not None,
         devices=sum(re.fullmatch(r"neuron\d+", path.name) is not None for path in ROOT.glob("dev/neuron*")),
         instance=instance,
         target=target if target in TARGETS else None,
     )
+
+
+def installed(package: str) -> str | None:
+    """The version of a package; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def scripts_on_path() -> str:
+    """PATH, with the folder in front where pip puts programs beside the interpreter: neuronx-cc, libneuronpjrt-path."""
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    scripts = str(Path(sys.executable).parent)
+    return os.pathsep.join(folders if scripts in folders else [scripts, *folders])
+
+
+def import_module(name: str) -> Any:
+    """Import a module that torch-neuronx brings or takes part in, such as ``torch_neuronx`` or ``torch_xla``.
+
+    It runs a program of its environment, which a service or a container that starts the environment's Python by its
+    path does not have on PATH.
+    """
+    os.environ["PATH"] = scripts_on_path()
+    return importlib.import_module(name)
 
 
 def _read(path: str) -> str:

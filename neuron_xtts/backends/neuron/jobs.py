@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from neuron_xtts.backends.neuron.device import scripts_on_path
 from neuron_xtts.backends.neuron.store import LOG, write_json
 from neuron_xtts.backends.neuron.tracing import traceable
 from neuron_xtts.backends.neuron.worker import RESULT, Job
@@ -187,9 +188,8 @@ class MemoryLimit:
 
 def _environment() -> dict[str, str]:
     """This process's, with its module path, and with the folder where pip puts neuronx-cc beside Python."""
-    scripts = str(Path(sys.executable).parent)
     return os.environ | {
-        "PATH": os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)]),
+        "PATH": scripts_on_path(),
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
 

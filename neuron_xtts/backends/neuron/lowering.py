@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neuron_xtts.backends.neuron.device import import_module
 from neuron_xtts.errors import FrontendMissingError
 
 
@@ -98,7 +99,7 @@ def frontend() -> Any:
         FrontendMissingError: it is not installed.
     """
     try:
-        import torch_xla
+        torch_xla = import_module("torch_xla")
     except ImportError as error:
         version = torch.__version__.partition("+")[0]
         raise FrontendMissingError(

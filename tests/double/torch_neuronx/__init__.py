@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import libneuronxla  # noqa: F401 - the real package needs it, too
@@ -28,6 +29,9 @@ from torch import Tensor, nn
 for _name in [name for name in sys.modules if name.startswith(f"{__name__}.")]:
     del sys.modules[_name]
 os.environ.setdefault("PJRT_DEVICE", "CPU")
+# The real import runs this program, which pip puts beside the interpreter.
+if str(Path(sys.executable).parent) not in os.environ.get("PATH", "").split(os.pathsep):
+    raise FileNotFoundError(2, "No such file or directory", "libneuronpjrt-path")
 
 from torch_neuronx import _compiler, _frontend, _machine, _runtime  # noqa: E402
 

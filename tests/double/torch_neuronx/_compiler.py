@@ -36,6 +36,7 @@ _SINCE_2_27 = {
     "--native-int64": ["enabled", "disabled"],
     "--implicit-integer-downcast": ["none", "all"],
 }
+_TRN2 = {"--native-int64", "--implicit-integer-downcast"}  # documented for it and later targets
 _LIMIT = 2 << 30  # bytes of a serialized HLO module
 
 Version = tuple[int, ...]
@@ -78,9 +79,13 @@ class Compiler:
             RuntimeError: the program is refused, or a fault strikes.
         """
         tempfile.mkdtemp(prefix="neuronxcc-", dir=os.getcwd())  # the real one litters likewise
+        if "alone" in _machine.faults(self.tag):
+            _machine.runtime.alone()
         if self._workdir:
             self._workdir.mkdir(parents=True, exist_ok=True)
         self._strike()
+        if self._version >= (2, 27) and _islpy() > (2026, 1):  # aws-neuron-sdk#1391
+            _fail(70, "ERROR: [NCC_ISMP902] Simplifier error: is_subset()")
         refused = [f"ERROR: [{code}] {message}" for code, message in _refused(program)]
         self._log(*(refused or ["Compiler status PASS"]))
         if refused:
@@ -123,6 +128,13 @@ def _installed() -> Version:
     return found
 
 
+def _islpy() -> Version:
+    try:
+        return tuple(map(int, version("islpy").split(".")))[:2]
+    except PackageNotFoundError:
+        return (2026, 1)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         _fail(1, "usage: neuronx-cc compile [options]", f"neuronx-cc: error: {message}")
@@ -151,6 +163,8 @@ def _parse(words: list[str], installed: Version) -> Any:
     parsed = parser.parse_args(words)
     if parsed.logical_nc_config and parsed.target != "trn2":
         parser.error("unrecognized arguments: --logical-nc-config [NCC_EARG001]")
+    if parsed.target != "trn2" and (refused := _TRN2 & {word.partition("=")[0] for word in words}):
+        parser.error(f"unrecognized arguments: {min(refused)} [NCC_EARG001]")
     return parsed
 
 

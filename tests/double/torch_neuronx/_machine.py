@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import time
 from pathlib import Path
 
 # The real package reads it when it is imported; setting it later has no effect.
@@ -18,6 +19,7 @@ FAULTS = {
     "fail": "the compiler fails",
     "killed": "the compiler runs out of memory",
     "hang": "the compiler takes an hour",
+    "alone": "while another process compiles, the runtime says that it has the cores",
     "miscompile": "products and convolutions come out slightly wrong",
     # while executing; busy and oom when a program is first loaded
     "nan": "all floating-point outputs, aliased ones included, are NaN",
@@ -102,6 +104,15 @@ class Runtime:
             )
         self._cores, self._pid, self._root = self._allocate(), os.getpid(), _root()
         return self._cores
+
+    def alone(self) -> None:
+        """Raise RuntimeError unless no other process compiles; from now on this one does, until it ends."""
+        file = os.open(Path(os.environ["NEURON_DOUBLE_ALONE"]), os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise not_available("1", 0) from None
+        time.sleep(1)  # long enough to be met
 
     def stop(self) -> None:
         """Give the cores back."""
