@@ -107,6 +107,7 @@ def test_a_frontend_that_dies_outside_of_the_compiler(tts, tmp_path, monkeypatch
     neuron_double.install(tmp_path / "site")
     neuron_double.machine(tmp_path / "root")
     neuron_double.spoil_frontend(tmp_path / "site")
+    monkeypatch.delenv("PJRT_DEVICE", raising=False)  # which an import of the double left here
     for _ in neuron_double.on_neuron(tmp_path, monkeypatch):
         summary = neuron_xtts.compile(tts, store=tmp_path / "store", buckets=vocoders(64), progress=False)
     assert [(entry.status, entry.reason) for entry in summary.entries] == [("compiled", None)]
