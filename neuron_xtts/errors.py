@@ -60,6 +60,10 @@ class Fallback(Exception):  # noqa: N818 - a signal between a route and the disp
     """Says that coqui's own method must serve this call, and why."""
 
 
+class NotFinite(Fallback):
+    """A graph gave numbers that are not finite: its inputs have such, or something is wrong where it runs."""
+
+
 def describe(error: BaseException) -> str:
     """The kind of an error and the first line of what it says."""
     return f"{type(error).__name__}: {error}".partition("\n")[0]

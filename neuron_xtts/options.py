@@ -44,7 +44,7 @@ class Options:
 
     Attributes:
         neuron: what there is of Neuron; None if graphs run on the host.
-        cores: the NeuronCores; one engine on the host, whatever it is.
+        cores: the NeuronCores to run on; of no meaning on the host.
         precision: of the graphs.
         plan: the buckets the user asked for; None for the backend's default.
         store: of compiled graphs.
@@ -98,7 +98,7 @@ class Options:
                 f"Precision has release=True, but {chosen!r} {where} converts no weights that could be released; "
                 "leave it out, or choose another precision on the host"
             )
-        return cls(neuron, tuple(cores), precision, buckets, Store(store))
+        return cls(neuron, tuple(cores) if to_run else (), precision, buckets, Store(store))
 
     @property
     def static_plan(self) -> BucketPlan:
@@ -156,7 +156,8 @@ def _neuron(backend: str, target: str | None, to_run: bool) -> Neuron | None:
     """What there is of Neuron, if it can be used; None where ``"auto"`` means the host."""
     neuron = find_neuron()
     neuron = replace(neuron, target=target or neuron.target)
-    problems = [*neuron.package_problems(), *(neuron.device_problems() if to_run else neuron.compiler_problems())]
+    packages = list(neuron.package_problems())
+    problems = [*packages, *(neuron.device_problems() if to_run else neuron.compiler_problems())]
     nameless = not problems and neuron.target is None
     if nameless:
         problems.append(
@@ -166,8 +167,8 @@ def _neuron(backend: str, target: str | None, to_run: bool) -> Neuron | None:
         )
     if not problems:
         return neuron
-    # With Neuron's packages here, compile() must not take the lack of a name for a wish to stay on the host.
-    if backend != "auto" or (nameless and not to_run):
+    # With Neuron's packages here, compile() must not take what is wrong with them for a wish to stay on the host.
+    if backend != "auto" or not (packages or to_run):
         raise NeuronMissingError(f"backend={backend!r}: " + "; ".join(problems))
     if neuron.there:
         logger.warning("Neuron cannot be used, graphs run on the host: %s", "; ".join(problems))

@@ -31,6 +31,11 @@ def now() -> float:
     return 0.0
 
 
+def at_once() -> float:
+    """The urgency of what keeps others waiting while it waits."""
+    return -math.inf
+
+
 def later() -> float:
     """The urgency of what can wait."""
     return 2.0
@@ -202,14 +207,14 @@ class AllTurns:
     @contextlib.contextmanager
     def take(self) -> Iterator[None]:
         """Have the turn of every engine at the same time, for the length of a ``with`` block."""
-        with self._take(self.each):
+        with self._take(self.each, None):
             yield
 
     @contextlib.contextmanager
-    def _take(self, turns: Sequence[Turns]) -> Iterator[None]:
-        with turns[0].take():
+    def _take(self, turns: Sequence[Turns], urgency: Urgency | None) -> Iterator[None]:
+        with turns[0].take(urgency):
             if len(turns) == 1:
                 yield
             else:
-                with self._take(turns[1:]):
+                with self._take(turns[1:], at_once):  # the first engine does nothing meanwhile
                     yield

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from neuron_xtts.backends import DecodeState
 from neuron_xtts.decoding.row import Row
-from neuron_xtts.errors import Fallback
+from neuron_xtts.errors import NotFinite
 from neuron_xtts.graphs.transformer import KeysAndValues
 from neuron_xtts.runner import Runner
 
@@ -83,7 +83,7 @@ class Batch:
             latents, logits, cache = self._prefill(embeds)
             # Before a slot holds it: whatever has that slot next must find nothing but finite numbers.
             if not math.isfinite(logits.sum()):
-                raise Fallback("logits that are not finite")
+                raise NotFinite("logits that are not finite")
             for row in rows[i * copies : (i + 1) * copies]:
                 state.fill(self._take_slot(row), cache, prefix.shape[1])
                 row.position = prefix.shape[1]

@@ -27,7 +27,7 @@ from neuron_xtts.decoding.batch import Batch, Parked
 from neuron_xtts.decoding.caller import CallerGone, caller
 from neuron_xtts.decoding.draws import DRAWS
 from neuron_xtts.decoding.row import Row, draw, ended
-from neuron_xtts.errors import Fallback, QueueFullError
+from neuron_xtts.errors import Fallback, NotFinite, QueueFullError
 from neuron_xtts.locks import forgets
 from neuron_xtts.report import BatchCounts
 from neuron_xtts.runner import Runner
@@ -77,6 +77,7 @@ class Call:
         self.codes: Tensor | None = None  # (rows,) drawn last
         self.parked: list[Parked] = []
         self.error: BaseException | None = None
+        self.begun = False  # it waits, or did
         self.over = False  # nothing more will be computed
         self.given_up = False
         self.waited_for = False
@@ -118,11 +119,14 @@ class Scheduler:
     Args:
         runner: of the graphs.
         queue: how many calls may wait.
+        all: the schedulers that share the queue, of which this one becomes another.
     """
 
-    def __init__(self, runner: Runner, queue: int) -> None:
+    def __init__(self, runner: Runner, queue: int, all: list[Scheduler]) -> None:
         self._runner = runner
         self._most = queue
+        self._all = all
+        all.append(self)
         # Reentrant: a stream that nobody holds any more is closed wherever Python collects it.
         self._lock = threading.RLock()
         self._queue: list[Call] = []  # in the order in which they came
@@ -183,26 +187,36 @@ class Scheduler:
         # Such as more rows than there may be slots: told before anybody waits.
         self._runner.buckets.choose("decode", len(call.rows), call.prefix.shape[1] + 1)
         with self._lock:
-            waiting = sum(not other.parked and not other.given_up for other in self._queue)
-            idle = sum(len(other.rows) for other in self._running if not other.wants)
-            if waiting >= self._most + self._batch.free + idle and not caller().patient:
+            waiting = self._more + sum(max(other._more, 0) for other in self._all if other is not self)
+            if self._more >= 0 and waiting >= self._most and not caller().patient:
                 self._counts.refused += 1
-                raise QueueFullError(self._batch.most, self._most)
+                raise QueueFullError(sum(scheduler._batch.most for scheduler in self._all), self._most)
             self._queue.append(call)
+            call.begun = True
+
+    @property
+    def _more(self) -> int:
+        """How many more calls wait than there are slots for; below zero, how many slots are left."""
+        waiting = sum(not other.parked and not other.given_up for other in self._queue)
+        idle = sum(len(other.rows) for other in self._running if not other.wants)
+        return waiting - self._batch.free - idle
 
     def _give_up(self, call: Call) -> None:
         """Nobody wants more of a call: its rows leave before the next step, or now if there is none."""
         if not call.over:
-            with self._lock:  # not while it draws from the global generator, which the next call may then have
-                call.given_up = True
-                self._counts.cancelled += 1
+            self._leave(call)
         self._stop_leading(call)
 
     def _cancel(self, call: Call) -> None:
         """The same from another thread than that which waits for the call, and then waits no longer."""
         call.error = CallerGone()
-        call.given_up = True
+        self._leave(call)
         self._stop_leading(None)  # whose thread leads, if it does, goes on until it notices
+
+    def _leave(self, call: Call) -> None:
+        with self._lock:  # not while it draws from the global generator, which the next call may then have
+            self._counts.cancelled += call.begun and not (call.over or call.given_up)
+            call.given_up = True
 
     def _wait(self, call: Call) -> None:
         """Until the call is ready: another thread computes for it, or this one does for all."""
@@ -391,7 +405,7 @@ class Scheduler:
                 drawing.append(_Drawing(call, its_latents, scores))
             else:
                 self._batch.clear(call.rows)  # for whoever has their slots next
-                self._end(call, Fallback("logits that are not finite"))
+                self._end(call, NotFinite("logits that are not finite"))
         if drawing:
             self._draw(drawing)
 

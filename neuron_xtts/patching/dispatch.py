@@ -21,7 +21,7 @@ from typing import Any
 from neuron_xtts.backends.host.threads import at_most, usable_cpus
 from neuron_xtts.decoding.caller import caller
 from neuron_xtts.decoding.draws import DRAWS, Claim, any_seed
-from neuron_xtts.errors import Fallback, FallbackError, QueueFullError, describe
+from neuron_xtts.errors import Fallback, FallbackError, NotFinite, QueueFullError, describe
 from neuron_xtts.patching.engines import Engines, Place
 from neuron_xtts.report import CallCounters
 from neuron_xtts.routes.base import Context, HandedOver, Kind, Method, Route
@@ -99,7 +99,10 @@ class Dispatcher:
                 self.engines.place(generates=route.draws) as context,
                 self._attempt(name, claim, context),
             ):
-                return self._served(name, graphs(context))
+                result = graphs(context)
+                if not isinstance(result, HandedOver):
+                    self.engines.worked(context)
+                return self._served(name, result)
             with self._falling_back():
                 return own()
 
@@ -112,7 +115,11 @@ class Dispatcher:
                 return self._theirs(theirs, claim)
             place = self.engines.place(generates=route.draws)
             with contextlib.suppress(_FellBack), self._attempt(name, claim, place.context):
-                return self._stream(name, place, graphs(place.context), theirs, claim)
+                try:
+                    return self._stream(name, place, graphs(place.context), theirs, claim)
+                except BaseException:  # a traceback would keep it
+                    place.end()
+                    raise
             return self._theirs(theirs, claim)
         except BaseException:
             if claim is not None:  # a traceback would keep it
@@ -158,6 +165,7 @@ class Dispatcher:
                 step = next(steps, end)
             if step is end:
                 return
+            self.engines.worked(context)
             yield step
 
     def _theirs(self, steps: Iterator[object], claim: Claim | None) -> Iterator[object]:
@@ -256,6 +264,8 @@ class Dispatcher:
                 with self._turns.take():
                     claim.rewind()
             expected = isinstance(error, Fallback)
+            if not expected or isinstance(error, NotFinite):
+                self.engines.failed(context)
             reason = str(error) if expected else describe(error)[:200]
             if self.counters.fell_back(name, reason):
                 logger.warning("%s falls back to coqui-tts: %s", name, reason, exc_info=not expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 import weakref
 from collections.abc import Sequence
 
@@ -9,6 +11,11 @@ from neuron_xtts.locks import Lock, forgets
 from neuron_xtts.report import BatchCounts
 from neuron_xtts.routes.base import Context
 from neuron_xtts.turns import AllTurns
+
+# An engine on which so many calls in a row failed by no fault of theirs gets none for so many seconds, while another
+# can serve them. Choices of ours.
+_FAILURES = 3
+_REST = 60.0
 
 
 class Place:
@@ -28,6 +35,10 @@ class Place:
         return self.context
 
     def __exit__(self, *error: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """The engine serves the call no longer."""
         self._calls.discard(self)
 
 
@@ -50,6 +61,8 @@ class Engines:
         """Nobody calls: in a forked child."""
         # Of each engine, the calls that generate codes, and the others.
         self._calls = [(weakref.WeakSet[Place](), weakref.WeakSet[Place]()) for _ in self.contexts]
+        self._failures = [0] * len(self.contexts)  # in a row
+        self._rests = [-math.inf] * len(self.contexts)  # until when
 
     @property
     def first(self) -> Context:
@@ -67,11 +80,27 @@ class Engines:
             generating, others = map(len, self._calls[number])
             calls = (generating, others) if generates else (others, generating)
             # Else a core on which everything fails at once, and so never has much to do, would be given every call.
-            return len(self.contexts[number].runner.backend.unavailable), *calls
+            rests = self._rests[number] > time.monotonic()
+            return rests, len(self.contexts[number].runner.backend.unavailable), *calls
 
         with self._lock:
-            number = min(range(len(self.contexts)), key=load)
+            # What has the first turn already, such as the making of a voice, keeps no other engine waiting.
+            number = 0 if self.turns.first.mine else min(range(len(self.contexts)), key=load)
             return Place(self.contexts[number], self._calls[number][not generates])
+
+    def failed(self, context: Context) -> None:
+        """A call failed on an engine, by no fault that is known of the call's."""
+        with self._lock:
+            number = self.contexts.index(context)
+            self._failures[number] += 1
+            if self._failures[number] >= _FAILURES:
+                self._rests[number] = time.monotonic() + _REST
+
+    def worked(self, context: Context) -> None:
+        """An engine computed what was wanted."""
+        number = self.contexts.index(context)
+        if self._failures[number]:
+            self._failures[number], self._rests[number] = 0, -math.inf
 
     def counts(self) -> BatchCounts:
         """What became of rows so far, on all engines together."""

@@ -53,11 +53,8 @@ class Patch:
             "listening": Listening(),
             "prefixes": WeakIdKeyDictionary(),  # type: ignore[no-untyped-call]
         }
-        each, more = divmod(queue, len(runners))
-        contexts = [
-            Context(runner, Scheduler(runner, each + (number < more)), **shared)
-            for number, runner in enumerate(runners)
-        ]
+        schedulers: list[Scheduler] = []
+        contexts = [Context(runner, Scheduler(runner, queue, schedulers), **shared) for runner in runners]
         self.dispatcher = Dispatcher(Engines(contexts, turns), strict=strict)
         for route in ROUTES:
             self._installations[route.name].install(partial(self.dispatcher.answer, route), owner=self)

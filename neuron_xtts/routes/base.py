@@ -34,7 +34,7 @@ class Kind(Enum):
     NOTED = "the method's own result, of which something is noted for another route"
 
 
-@dataclass
+@dataclass(eq=False)
 class Context:
     """What a route serves a call with: an engine, and what all engines of one patched model share.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from neuron_xtts.errors import Fallback
+from neuron_xtts.errors import Fallback, NotFinite
 from neuron_xtts.routes.base import Context, check_fp32
 
 
@@ -35,5 +35,5 @@ def get_style_emb(context: Context, /, cond_input: Tensor, return_latent: bool =
     rows = [runner.run("conditioning", bucket, bucket[0], row)[0] for row in torch.split(mel, 1)]
     latents = torch.cat(rows)
     if not latents.isfinite().all():
-        raise Fallback("conditioning latents that are not finite")
+        raise NotFinite("conditioning latents that are not finite")
     return latents

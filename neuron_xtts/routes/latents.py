@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from neuron_xtts.coqui.constants import FORWARD_TAIL
 from neuron_xtts.coqui.embeddings import embed_text
 from neuron_xtts.coqui.surface import Gpt
-from neuron_xtts.errors import Fallback
+from neuron_xtts.errors import Fallback, NotFinite
 from neuron_xtts.routes.base import Context, HandedOver, check_fp32
 from neuron_xtts.runner import Runner
 
@@ -81,7 +81,7 @@ def _compute(runner: Runner, cond_latents: Tensor, text: Tensor, codes: Tensor) 
     rows = [runner.run("latents", bucket, length, row)[0] for row in torch.split(padded, 1)]
     latents = torch.cat(rows)[:, length - codes.shape[1] : length]
     if not latents.isfinite().all():
-        raise Fallback("latents that are not finite")
+        raise NotFinite("latents that are not finite")
     return latents
 
 

@@ -22,9 +22,14 @@ _SOON = 1.0
 
 
 class Listener:
-    """Whoever hears a stream, from the moment on at which it was asked for."""
+    """Whoever hears a stream, from the moment on at which it was asked for.
 
-    def __init__(self) -> None:
+    Args:
+        turns: of the engine that decodes it.
+    """
+
+    def __init__(self, turns: Turns) -> None:
+        self.turns = turns
         self._began: float | None = None  # to play
         self._seconds = 0.0  # of audio that it was sent
 
@@ -74,7 +79,7 @@ class Listening:
             turns: that it takes.
         """
         listener: Listener | None = getattr(self._here, "listener", None)
-        others = bool(self._open - {listener})
+        others = any(other is not listener and other.turns is turns for other in list(self._open))
         if listener is None:
             return make(others)
         self._here.listener = None  # until it is pulled from again

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from neuron_xtts.coqui.surface import HifiDecoder
 from neuron_xtts.coqui.weights import stamp, tensors_of
 from neuron_xtts.decoding.caller import caller
-from neuron_xtts.errors import Fallback
+from neuron_xtts.errors import Fallback, NotFinite
 from neuron_xtts.routes.base import Context, HandedOver, check_fp32
 from neuron_xtts.runner import Runner
 
@@ -74,7 +74,7 @@ def _row(context: Context, frames: Tensor, speaker: Tensor, short: bool) -> tupl
     def vocode(start: int) -> Iterator[Tensor]:
         for audio in _windows(context.runner, frames, speaker, start, short):
             if not audio.isfinite().all():
-                raise Fallback("audio that is not finite")
+                raise NotFinite("audio that is not finite")
             yield audio
 
     vocoder = (tuple(map(id, generator.modules())), stamp(tensors_of(generator)))

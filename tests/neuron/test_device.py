@@ -1,6 +1,8 @@
 """What there is of Neuron: stubs, packages without a driver, devices; precisions and compiler arguments."""
 
+import os
 import re
+import sys
 from pathlib import Path
 
 import neuron_double
@@ -85,10 +87,38 @@ def test_a_compiler_that_refuses_everything(host, xtts):
     remedy = r"neuronx-cc 2\.27\.5334\.0 fails with islpy 2026\.2\.1 .*: pip install islpy==2026\.1$"
     with pytest.raises(NeuronMissingError, match=remedy):
         neuron_xtts.compile(xtts, backend="neuron")
+    with pytest.raises(NeuronMissingError, match=remedy):
+        neuron_xtts.compile(xtts)  # "auto" is no wish to stay on the host
     assert problems() == ([], [])
-    for compiler, islpy in (("2.27.5334.0", "2026.1"), ("2.26.6360.0", "2026.2.1"), ("2.27.5334.0", None)):
-        neuron_double.install(host / "site", neuronx_cc=compiler, islpy=islpy)
-        assert list(device.find_neuron().compiler_problems()) == []
+
+
+@pytest.mark.parametrize(
+    ("compiler", "islpy", "fits"),
+    [("2.27.5334.0", "2026.1", True), ("2.27.5334.0", "2026.1.0", True), ("2.27.5334.0", "2026.1.post1", True),
+     ("2.27.5334.0", "2026.1.2", False), ("2.27rc1", "2026.2", False), ("2.28.7631.0", "2026.2", False),
+     ("2.26.6360.0", "2026.2.1", True), ("2.27.5334.0", None, True)],
+)  # fmt: skip
+def test_the_solver_that_a_compiler_needs(host, compiler, islpy, fits):
+    neuron_double.install(host / "site", neuronx_cc=compiler, islpy=islpy)
+    assert (list(device.find_neuron().compiler_problems()) == []) == fits
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [("2.9.0.2.15.32035", True), ("2.9.0.2.15.32035+abc", True), ("2.10.0rc1", False), ("2.13.3.0", False)],
+)
+def test_which_torch_neuronx_is_native(host, version, fits):
+    neuron_double.install(host / "site", torch_neuronx=version)
+    assert (list(device.find_neuron().package_problems()) == []) == fits
+
+
+def test_where_programs_are_looked_for(monkeypatch):
+    """Those of this environment first, wherever it is on PATH; and nowhere else than before without an interpreter."""
+    scripts = str(Path(sys.executable).parent)
+    monkeypatch.setenv("PATH", f"/opt/other{os.pathsep}{scripts}{os.pathsep}/bin")
+    assert device.scripts_on_path().split(os.pathsep) == [scripts, "/opt/other", "/bin"]
+    monkeypatch.setattr(sys, "executable", "")
+    assert device.scripts_on_path() == os.environ["PATH"]
 
 
 def test_versions_are_said_once():

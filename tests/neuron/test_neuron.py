@@ -580,9 +580,12 @@ def test_a_core_waits_for_no_other(xtts, voice, patch, monkeypatch):
     assert fallbacks(xtts, "GPT.generate") == {"argument typical_p": 1}
 
 
-def test_the_queue_of_two_cores(xtts, voice, patch, monkeypatch):
-    """``queue`` calls wait in all, wherever: one more is refused."""
-    patch(xtts, backend="neuron:0-1", queue=3)
+@pytest.mark.parametrize("alike", [True, False])
+def test_the_queue_of_two_cores(xtts, voice, patch, monkeypatch, alike):
+    """``queue`` calls wait in all, be it all at one core: one more is refused."""
+    patch(xtts, backend="neuron:0-1", queue=3 if alike else 4)
+    if not alike:
+        engines_of(xtts).contexts[1].runner.backend.unavailable["vocoder", (64,)] = "gone"
     fake = xtts.gpt.compute_embeddings(voice[0], torch.arange(1, 10)[None])
     options = {"output_hidden_states": True, "return_dict_in_generate": True, **exactly(10)}
     go, begun = threading.Event(), threading.Semaphore(0)
@@ -597,11 +600,12 @@ def test_the_queue_of_two_cores(xtts, voice, patch, monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         calls = [pool.submit(list, xtts.gpt.get_generator(fake_inputs=fake, **options)) for _ in range(2)]
         assert begun.acquire(timeout=60)
-        assert begun.acquire(timeout=60)
+        if alike:
+            assert begun.acquire(timeout=60)
         calls += [pool.submit(list, xtts.gpt.get_generator(fake_inputs=fake, **options)) for _ in range(3)]
-        while neuron_xtts.report(xtts).batch.waiting < 3:
+        while neuron_xtts.report(xtts).batch.waiting < (3 if alike else 4):
             time.sleep(0.01)
-        with pytest.raises(neuron_xtts.QueueFullError):
+        with pytest.raises(neuron_xtts.QueueFullError, match=r"2 rows decode and as many calls wait as may, [34]"):
             list(xtts.gpt.get_generator(fake_inputs=fake, **options))
         go.set()
         for call in calls:
@@ -624,6 +628,42 @@ def test_a_core_that_fails_gets_no_more_calls(xtts, voice, patch, monkeypatch):
     assert neuron_xtts.report(xtts).missing == {
         "decode 1x80": "core 0: given up after 3 errors in a row: RuntimeError: the device is gone"
     }
+
+
+def test_a_core_that_gives_no_numbers_rests(xtts, voice, patch, monkeypatch):
+    """It ends calls as soon as one that fails, and nothing of it is missing."""
+    text = torch.arange(1, 10)[None]
+    patch(xtts, backend="neuron:0-1")
+    prefill = engines_of(xtts).contexts[0].runner.backend._loaded["prefill", (64,)]
+    module = prefill._module
+    monkeypatch.setattr(prefill, "_module", lambda *inputs: tuple(item * torch.nan for item in module(*inputs)))
+    for _ in range(8):
+        xtts.gpt.generate(voice[0], text, top_k=1, **exactly(3))
+    assert fallbacks(xtts, "GPT.generate") == {"logits that are not finite": 3}
+    assert [context.scheduler.counts().steps.total() for context in engines_of(xtts).contexts] == [0, 10]
+
+
+def test_a_core_is_not_busy_with_what_failed(xtts, voice, patch):
+    """Though somebody keeps the error."""
+    patch(xtts, backend="neuron:0-1", strict=True)
+    fake = xtts.gpt.compute_embeddings(voice[0], torch.arange(1, 10)[None])
+    errors = []
+    for _ in range(2):
+        with pytest.raises(neuron_xtts.FallbackError) as error:
+            xtts.gpt.get_generator(fake_inputs=fake, num_beams=2)
+        errors.append(error)
+    assert [[len(calls) for calls in both] for both in engines_of(xtts)._calls] == [[0, 0], [0, 0]]
+
+
+def test_what_is_made_in_the_first_turn_stays_there(xtts, patch):
+    patch(xtts, backend="neuron:0-1")
+    engines = engines_of(xtts)
+    with engines.place(generates=False) as context:
+        assert context is engines.contexts[0]
+        with engines.turns.first.take(), engines.place(generates=False) as context:
+            assert context is engines.contexts[0]
+        with engines.place(generates=False) as context:
+            assert context is engines.contexts[1]
 
 
 def test_threads(xtts, voice, patch):

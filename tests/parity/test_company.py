@@ -395,7 +395,7 @@ def test_a_queue_that_is_full(xtts, voice):
     request.whole()
     thread.join()
     assert refused
-    assert neuron_xtts.report(xtts).batch.refused == 1
+    assert (neuron_xtts.report(xtts).batch.refused, neuron_xtts.report(xtts).batch.cancelled) == (1, 0)
     other.whole()
     assert all_fallbacks(xtts) == {}
 

@@ -287,3 +287,30 @@ def test_all_turns():
             assert all(turns.mine for turns in both.each)
     thread.join(10)
     assert order[-1] == "all again"
+
+
+def test_whoever_has_some_turns_gets_the_others_first(turns):
+    """However pressing those are who have them: it keeps whoever waits for its own from working."""
+    both, took, done = AllTurns(), threading.Event(), threading.Event()
+    engines = both.of(2)
+
+    def work():
+        with engines[1].take(now):
+            took.set()
+            while not done.is_set():
+                engines[1].offer(now)
+
+    def all_of_them():
+        with both.take():
+            done.set()
+
+    threads = [threading.Thread(target=work), threading.Thread(target=all_of_them)]
+    threads[0].start()
+    took.wait(10)
+    threads[1].start()
+    threads[1].join(10)
+    waited = not done.is_set()
+    done.set()
+    for thread in threads:
+        thread.join(10)
+    assert not waited

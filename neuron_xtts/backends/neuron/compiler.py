@@ -178,7 +178,7 @@ def _lower(jobs: Jobs, graph: str, bucket: Bucket, environment: Mapping[str, str
 
 # What the runtime says where another process has the cores. Compiling needs none; whether torch_neuronx takes one all
 # the same is not documented.
-_NOT_AVAILABLE = "not available"
+_NOT_AVAILABLE = "Core(s) not available"
 
 # The frontend's own CPU device: lowering must not need, or take, a NeuronCore.
 _ON_HOST = {"PJRT_DEVICE": "CPU"}
@@ -233,7 +233,8 @@ def _compile_each(jobs: Jobs, recipes: Sequence[Recipe], store: Store, progress:
             bar.set_postfix_str(f"{entry.graph} {bucket_name(entry.bucket)} {entry.status}")
             bar.update()
     for recipe in ordered:  # those that found the cores taken, maybe by each other, once more, one after another
-        if _NOT_AVAILABLE in (made[recipe.name].reason or ""):
+        reason = made[recipe.name].reason or ""
+        if _NOT_AVAILABLE in reason and not reason.startswith("compile: stopped"):
             made[recipe.name] = _compile(jobs, recipe, store)
     return made
 
@@ -283,7 +284,7 @@ def _make(jobs: Jobs, recipe: Recipe, store: Store) -> Artifact:
     try:
         problems = _lower(jobs, recipe.graph, recipe.bucket, environment | _ON_HOST).problems
     except JobError as error:
-        if jobs.stopped:
+        if jobs.stopped or error.spent:
             raise
         # What is wrong with the graph, or with torch_neuronx's frontend where it is not compiling: that job tells.
         logger.warning("%s cannot be looked at before it is compiled: %s", recipe.name, str(error).partition("\n")[0])

@@ -81,7 +81,7 @@ class Neuron:
                 )
             elif Version(installed) < oldest:
                 yield f"{package} {installed} is too old, {oldest} is needed: {INSTALL}"
-            elif package == "torch-neuronx" and Version(installed) >= NATIVE:
+            elif package == "torch-neuronx" and Version(installed).release >= NATIVE.release:
                 yield (
                     f"torch-neuronx {installed} is native TorchNeuron, which has no torch_neuronx.trace and runs on "
                     f"Trainium2 and later alone; this library needs the one of PyTorch/XLA: {INSTALL}"
@@ -90,7 +90,8 @@ class Neuron:
     def compiler_problems(self) -> Iterator[str]:
         """What keeps the compiler that is installed from compiling anything, with the remedy."""
         compiler = Version(self.versions.get("neuronx-cc", "0"))
-        if compiler >= _NEEDS_ISLPY_SINCE and self.islpy and Version(self.islpy).release > Version(_ISLPY).release:
+        needs_old = compiler.release >= _NEEDS_ISLPY_SINCE.release
+        if needs_old and self.islpy and Version(self.islpy) >= Version(f"{_ISLPY}.1"):
             yield (
                 f"neuronx-cc {compiler} fails with islpy {self.islpy} ([NCC_ISMP902], aws-neuron-sdk#1391): "
                 f"pip install islpy=={_ISLPY}"
@@ -145,9 +146,11 @@ def installed(package: str) -> str | None:
 
 def scripts_on_path() -> str:
     """PATH, with the folder in front where pip puts programs beside the interpreter: neuronx-cc, libneuronpjrt-path."""
-    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    path = os.environ.get("PATH", os.defpath)
+    if not sys.executable:  # Python is part of another program
+        return path
     scripts = str(Path(sys.executable).parent)
-    return os.pathsep.join(folders if scripts in folders else [scripts, *folders])
+    return os.pathsep.join([scripts, *(folder for folder in path.split(os.pathsep) if folder != scripts)])
 
 
 def import_module(name: str) -> Any:

@@ -42,11 +42,13 @@ class JobError(NeuronXttsError):
 
     Attributes:
         log: the whole of it, as long as the job's folder is there.
+        spent: whether it took more time or memory than there is.
     """
 
-    def __init__(self, message: str, log: Path | None = None) -> None:
+    def __init__(self, message: str, log: Path | None = None, *, spent: bool = False) -> None:
         super().__init__(message)
         self.log = log
+        self.spent = spent
 
 
 class Jobs:
@@ -121,7 +123,8 @@ class Jobs:
         except OSError:
             data, problem = {}, _death(status, self.timeout)
         if problem:
-            raise JobError(f"{mode}: {problem}\n{_tail(folder / LOG)}", folder / LOG)
+            spent = status in (None, -signal.SIGKILL)
+            raise JobError(f"{mode}: {problem}\n{_tail(folder / LOG)}", folder / LOG, spent=spent)
         return Result(folder, data, time.monotonic() - start)
 
     def _process(self, folder: Path, environment: Mapping[str, str]) -> int | None:

@@ -84,7 +84,7 @@ class Compiler:
         if self._workdir:
             self._workdir.mkdir(parents=True, exist_ok=True)
         self._strike()
-        if self._version >= (2, 27) and _islpy() > (2026, 1):  # aws-neuron-sdk#1391
+        if self._version >= (2, 27) and _islpy() > (2026, 1, 0):  # aws-neuron-sdk#1391
             _fail(70, "ERROR: [NCC_ISMP902] Simplifier error: is_subset()")
         refused = [f"ERROR: [{code}] {message}" for code, message in _refused(program)]
         self._log(*(refused or ["Compiler status PASS"]))
@@ -130,7 +130,7 @@ def _installed() -> Version:
 
 def _islpy() -> Version:
     try:
-        return tuple(map(int, version("islpy").split(".")))[:2]
+        return tuple(map(int, version("islpy").split(".")))[:3]
     except PackageNotFoundError:
         return (2026, 1)
 
