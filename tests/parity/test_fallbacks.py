@@ -378,7 +378,7 @@ def reasons_in_the_source():
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
                 continue
-            if node.func.id == "Fallback" and isinstance(node.args[0], (ast.Constant, ast.JoinedStr)):
+            if node.func.id in ("Fallback", "NotFinite") and isinstance(node.args[0], (ast.Constant, ast.JoinedStr)):
                 parts = getattr(node.args[0], "values", node.args)
                 found.add("".join(part.value if isinstance(part, ast.Constant) else "{}" for part in parts))
             if node.func.id == "check_fp32":
