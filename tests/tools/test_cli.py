@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 import wave
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 
 import neuron_xtts
 from neuron_xtts.coqui import models
@@ -202,6 +204,8 @@ def test_bench_batch(tmp_path, capsys):
     assert main(command) == 0
     out = capsys.readouterr().out
     results = json.loads(files[0].read_text())
+    # What would be cross-faded into the next chunk, though there is none.
+    withheld = 1024 if Version(version("coqui-tts")) < Version("0.28") else 0
     assert list(results["samples"]) == ["whole", "streams", "within a second", "arrivals"]
     for scene, by_callers in results["samples"].items():
         assert list(by_callers["3"]) == ["coqui-tts", "fp32"]
@@ -211,7 +215,7 @@ def test_bench_batch(tmp_path, capsys):
             found = results["medians"][f"{scene}, 3"][f"{variant}, {how}"]
             audio = [sum(samples for _, samples in heard["chunks"]) for heard in performance["heard"]]
             whole = int(45 * 4 * 24000 / 22050) * 256
-            assert audio == [whole if scene == "whole" else whole - 1024] * 3  # coqui-tts withholds what it cross-fades
+            assert audio == [whole if scene == "whole" else whole - withheld] * 3
             assert {len(heard["chunks"]) for heard in performance["heard"]} == ({1} if scene == "whole" else {3})
             assert all(44 <= heard["codes"] <= 46 for heard in performance["heard"])
             assert found["aggregate RTF"] == pytest.approx(performance["seconds"] * 24000 / sum(audio))
