@@ -289,7 +289,7 @@ def test_all_turns():
     assert order[-1] == "all again"
 
 
-def test_whoever_has_some_turns_gets_the_others_first(turns):
+def test_whoever_has_some_turns_gets_the_others_first():
     """However pressing those are who have them: it keeps whoever waits for its own from working."""
     both, took, done = AllTurns(), threading.Event(), threading.Event()
     engines = both.of(2)

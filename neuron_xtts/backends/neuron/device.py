@@ -71,19 +71,19 @@ class Neuron:
     def package_problems(self) -> Iterator[str]:
         """What keeps the packages from compiling or running anything, with the remedy."""
         for package, oldest in OLDEST.items():
-            installed = self.versions.get(package)
-            if installed is None:
+            found = self.versions.get(package)
+            if found is None:
                 yield f"{package} is not installed: {INSTALL}"
-            elif Version(installed) < _STUB:
+            elif Version(found) < _STUB:
                 yield (
-                    f"{package} {installed} is the empty package of that name on PyPI, not AWS's: "
+                    f"{package} {found} is the empty package of that name on PyPI, not AWS's: "
                     f"pip uninstall {package}, then {INSTALL}"
                 )
-            elif Version(installed) < oldest:
-                yield f"{package} {installed} is too old, {oldest} is needed: {INSTALL}"
-            elif package == "torch-neuronx" and Version(installed).release >= NATIVE.release:
+            elif Version(found) < oldest:
+                yield f"{package} {found} is too old, {oldest} is needed: {INSTALL}"
+            elif package == "torch-neuronx" and Version(found).release >= NATIVE.release:
                 yield (
-                    f"torch-neuronx {installed} is native TorchNeuron, which has no torch_neuronx.trace and runs on "
+                    f"torch-neuronx {found} is native TorchNeuron, which has no torch_neuronx.trace and runs on "
                     f"Trainium2 and later alone; this library needs the one of PyTorch/XLA: {INSTALL}"
                 )
 
