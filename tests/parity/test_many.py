@@ -336,6 +336,30 @@ def test_a_task_that_is_cancelled(tts, options, monkeypatch, how):
     np.testing.assert_array_equal(np.asarray(said), np.asarray(alone))
     assert is_idle(tts)
     assert all_fallbacks(tts) == {}
+    assert neuron_xtts.report(tts).batch.cancelled == 2
+
+
+def test_a_task_that_is_cancelled_while_it_waits(tts, options):
+    """It leaves the queue, is counted, and whoever has the slot notices nothing."""
+    neuron_xtts.patch(tts, backend="cpu", buckets=BucketPlan(slots=(1,)), strict=True)
+    options["seed"] = 3
+    alone = tts.tts(TEXTS[0], **options)
+
+    async def cancel():
+        speaks = asyncio.create_task(aio.speak(tts, TEXTS[0], **options))
+        while not neuron_xtts.report(tts).batch.decoding:
+            await asyncio.sleep(0.001)
+        waits = asyncio.create_task(aio.speak(tts, TEXTS[1], **options))
+        while not neuron_xtts.report(tts).batch.waiting:
+            await asyncio.sleep(0.001)
+        waits.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waits
+        return await speaks
+
+    np.testing.assert_array_equal(np.asarray(asyncio.run(cancel())), np.asarray(alone))
+    batch = neuron_xtts.report(tts).batch
+    assert (batch.calls, batch.cancelled, batch.waiting, batch.decoding) == (2, 1, 0, 0)
 
 
 def test_a_stream_that_is_left(tts, options):
