@@ -132,6 +132,7 @@ def compile(
     summary.store = options.store.root
     summary.entries = compile_all(
         graphs,
+        options.static_plan,
         options.recipes(graphs, summary.weights),
         options.store,
         precision=options.precision,

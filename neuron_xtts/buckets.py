@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any
@@ -79,11 +79,36 @@ class BucketPlan:
 
     def buckets(self, graph: str) -> list[Bucket]:
         """Every bucket of a graph, smallest first; none where a dimension is exact."""
+        if between := CATALOGUE[graph].between:
+            return self._moves(between)
         return list(product(*(sizes or () for sizes in self.dimensions(graph))))
+
+    def room(self, graph: str, bucket: Bucket) -> Bucket:
+        """The size of a graph's state in a bucket, where the bucket itself does not say it; else nothing."""
+        dimension = CATALOGUE[graph].room
+        if dimension is None:
+            return ()
+        sizes: Sizes = getattr(self, dimension)
+        return (next((size for size in sizes or () if size > bucket[0]), bucket[0] + 1),)
+
+    def _moves(self, graph: str) -> list[Bucket]:
+        """From the states of others into every bucket of a graph that holds them, and from there into the next ones."""
+        buckets = self.buckets(graph)
+        handed_over = {(1, *self.room("prefill", prefill)) for prefill in self.buckets("prefill")}
+        joining = {(state, bucket) for state in handed_over for bucket in buckets if bucket[1] >= state[1]}
+        growing = {(bucket, other) for bucket in buckets for other in next_buckets(bucket, buckets)}
+        return sorted((*a, *b) for a, b in joining | growing if a != b)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data; None means exact shapes."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def next_buckets(bucket: Bucket, buckets: Iterable[Bucket]) -> list[Bucket]:
+    """Of buckets of two dimensions, the next larger one in each of them."""
+    larger = sorted(other for other in buckets if other > bucket)
+    same = ([other for other in larger if other[i] == bucket[i]] for i in range(2))
+    return [others[0] for others in same if others]
 
 
 class Buckets:

@@ -15,13 +15,15 @@ _EXACT = ("--auto-cast=none",)
 _MATMULT_BF16 = ("--auto-cast=matmult", "--auto-cast-type=bf16")
 _ALL_BF16 = ("--auto-cast=all", "--auto-cast-type=bf16")
 
-# By precision, the families of graphs that are not exact.
+# By precision, the families of graphs that the compiler casts.
 _CASTS = {
     "fp32": {},
-    "bf16": {"transformer": _MATMULT_BF16},
+    "bf16": {},
     # As in the first published XTTS on inf2, which cast everything but left conditioning on the CPU.
     "bf16-all": {"transformer": _ALL_BF16, "vocoder": _ALL_BF16},
 }
+# And those that are traced with weights in bf16: whether the compiler stores what it casts is not documented.
+_ROUNDED = {"bf16": ("transformer",), "bf16-all": ("transformer",)}
 
 NEURON_PRECISIONS = tuple(_CASTS)
 
@@ -68,7 +70,7 @@ _INT64_FLAGS = ("--native-int64=disabled", "--implicit-integer-downcast=all")
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a compiled graph may be from the same graph on the host. A choice of ours, not yet tried on a device.
+    """How far a compiled graph may be from the same graph on the host. A choice of ours, not tried on a device.
 
     Attributes:
         error: largest difference, as a share of the largest value of that output.
@@ -79,7 +81,9 @@ class Tolerance:
     pcc: float
 
 
-_TOLERANCES = {_EXACT: Tolerance(5e-3, 0.9999), _MATMULT_BF16: Tolerance(0.1, 0.995), _ALL_BF16: Tolerance(0.2, 0.98)}
+_TOLERANCES = {_EXACT: Tolerance(1e-3, 0.9999), _MATMULT_BF16: Tolerance(0.1, 0.995), _ALL_BF16: Tolerance(0.2, 0.98)}
+# A whole model in fp32 is reported to be off by 3.6e-6 on trn1, but by 1.4e-3 to 3.8e-3 on trn2.
+_EXACT_ON_TRN2 = Tolerance(1e-2, 0.9999)
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,10 @@ class Precision:
                 raise TypeError(f"compiler arguments of {graph} must be a string, got a {type(arguments).__name__}")
         object.__setattr__(self, "arguments", dict(self.arguments))
 
+    def rounds(self, graph: str) -> bool:
+        """Whether a graph is compiled with weights in bf16, those that may be (`Graph.round_weights`)."""
+        return CATALOGUE[graph].family in _ROUNDED.get(self.name, ())
+
     def casts(self, graph: str) -> tuple[str, ...]:
         """The flags for automatic casts of one graph."""
         return _CASTS[self.name].get(CATALOGUE[graph].family, _EXACT)
@@ -130,11 +138,16 @@ class Precision:
             arguments += _INT64_FLAGS
         return (*arguments, *self.arguments.get(graph, "").split())
 
-    def tolerance(self, graph: str) -> Tolerance:
-        """How far a compiled graph may be off. Casts that the user added loosen it, those taken away do not tighten."""
+    def tolerance(self, graph: str, target: str) -> Tolerance:
+        """How far a compiled graph may be off. Casts that the user added loosen it, those taken away do not tighten.
+
+        Args:
+            graph: its name.
+            target: that it was compiled for.
+        """
         added = re.search(r"--auto-cast[= ](all|matmult)", self.arguments.get(graph, ""))
         casts = {"all": _ALL_BF16, "matmult": _MATMULT_BF16}[added[1]] if added else self.casts(graph)
-        return _TOLERANCES[casts]
+        return _EXACT_ON_TRN2 if casts == _EXACT and target == "trn2" else _TOLERANCES[casts]
 
 
 def has_small_kernel_defect(compiler: str) -> bool:

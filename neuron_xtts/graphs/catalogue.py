@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from neuron_xtts.graphs.conditioning import Conditioning
+from neuron_xtts.graphs.move import Move
 from neuron_xtts.graphs.operators import Graph
 from neuron_xtts.graphs.transformer import Decode, Latents, Prefill, Trunk
 from neuron_xtts.graphs.vocoder import Vocoder
@@ -33,6 +34,8 @@ class GraphSpec:
         name: as in reports, artifacts and ``Precision.arguments``.
         family: graphs of a family are made of the same parts of a model, share its weights and have one precision.
         dimensions: of its buckets, fields of ``BucketPlan``.
+        room: the dimension of whose sizes the next larger one is that of its state.
+        between: the graph from one of whose buckets to another it leads, which are its bucket.
         padded: whether an input may be padded to a larger size; else a size serves exactly that size.
         model_type: what neuronx-cc is told that it is.
         optlevel: of neuronx-cc, by target, where it is not the default.
@@ -45,14 +48,17 @@ class GraphSpec:
     dimensions: tuple[str, ...]
     graph: type[Graph]
     build: Callable[[Any], Graph]
+    room: str | None = None
+    between: str | None = None
     padded: bool = True
     model_type: str = "transformer"
     optlevel: Mapping[str, int] = field(default_factory=dict)
 
 
 _ROWS = (
-    GraphSpec("prefill", "transformer", ("prefill",), Prefill, lambda parts: Prefill(*parts)),
+    GraphSpec("prefill", "transformer", ("prefill",), Prefill, lambda parts: Prefill(*parts), room="decode"),
     GraphSpec("decode", "transformer", ("slots", "decode"), Decode, lambda parts: Decode(*parts)),
+    GraphSpec("move", "transformer", (), Move, lambda parts: Move(parts.trunk.cache_shapes(1, 1)), between="decode"),
     GraphSpec("latents", "transformer", ("latents",), Latents, lambda parts: Latents(parts.trunk)),
     GraphSpec(
         "vocoder",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -72,11 +72,9 @@ class Graph(nn.Module):
 
     Attributes:
         operators: what it computes with.
-        states: how many of its outputs are its state, which stays on the device; they are its last.
     """
 
     operators = PLAIN
-    states = 0
 
     def use(self, operators: Operators) -> None:
         """Compute with other operators from now on."""
@@ -88,9 +86,9 @@ class Graph(nn.Module):
         """Random inputs by name that fill a bucket."""
         raise NotImplementedError
 
-    def example_state(self, *bucket: int) -> list[Tensor]:
-        """Random contents of its state, which `forward` takes after its inputs and updates in place."""
-        return []
+    def examples(self, *bucket: int) -> list[dict[str, Tensor]]:
+        """Inputs by name to compare results on: from one end of what a bucket may be given to the other."""
+        return [self.example(*bucket), self.example(*bucket)]
 
     def lowerable(self, *, fill: bool) -> Graph:
         """The same program with layers that lower; this graph and the model stay as they are.
@@ -100,6 +98,40 @@ class Graph(nn.Module):
         """
         return self
 
+    def round_weights(self, known: dict[int, Tensor]) -> None:
+        """Multiply by weights in bf16 from now on, in the parts that stand it; of a copy that `lowerable` made.
+
+        Args:
+            known: rounded weights by the identity of the weights, which graphs of a family share.
+        """
+        for part in self.children():
+            if isinstance(part, Graph):
+                part.round_weights(known)
+
     def in_bucket(self, *bucket: int) -> nn.Module:
-        """The form that is compiled for a bucket: it takes the inputs of `example` and holds its own state."""
+        """The form that is compiled for a bucket, `Stateful` or not: it takes the inputs of `example`."""
         return self
+
+
+class Stateful(nn.Module):
+    """A graph in the form that tracers want: its state as parameters, the state's new contents its last outputs.
+
+    Args:
+        shapes: of each tensor of the state, which is zero at first.
+
+    Attributes:
+        states: the state.
+        outputs: how many outputs come before it.
+    """
+
+    outputs = 2
+
+    def __init__(self, shapes: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        tensors = (torch.zeros(*shape) for shape in shapes)
+        self.states = nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in tensors)
+
+
+def states_of(module: nn.Module) -> list[Tensor]:
+    """The state of what `Graph.in_bucket` made; none if it has none."""
+    return list(module.states) if isinstance(module, Stateful) else []

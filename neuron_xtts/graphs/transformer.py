@@ -13,9 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from neuron_xtts.graphs.operators import MASKED, Graph
-
-OUTPUTS = 2  # of decoding, latents and logits; the cache follows them
+from neuron_xtts.graphs.operators import MASKED, Graph, Stateful
 
 
 class Attention(Protocol):
@@ -99,6 +97,10 @@ class Trunk(Graph):
         """Channels of embeddings and latents, D."""
         return self.ln_f.weight.shape[0]
 
+    def cache_shapes(self, slots: int, positions: int) -> list[tuple[int, int, int, int]]:
+        """Shape (B, H, S, K) of every tensor of a cache: of the keys of each block, then of the values."""
+        return 2 * len(self.h) * [(slots, self.heads, positions, self.channels // self.heads)]
+
     def qkv(self, block: Block, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of one block, each (B, H, L, K), from ``x`` (B, L, D)."""
         rows, length, channels = x.shape
@@ -118,6 +120,37 @@ class Trunk(Graph):
         """Latents of the last block's output. (B, L, D)."""
         latents: Tensor = self.final_norm(self.ln_f(x))
         return latents
+
+    def round_weights(self, known: dict[int, Tensor]) -> None:
+        """Of the linear layers; norms, attention and the residual stream stay in fp32."""
+        for block in self.h:
+            for part in (block.attn, block.mlp):
+                for name in ("c_attn", "c_fc", "c_proj"):
+                    if hasattr(part, name):
+                        setattr(part, name, RoundedLinear(getattr(part, name), known))
+
+
+class RoundedLinear(nn.Module):
+    """A linear layer of the trunk with weights in bf16; what it takes is rounded, too, and its results are in fp32.
+
+    Args:
+        layer: of transformers, with a weight (inputs, outputs) and a bias.
+        known: as for `Graph.round_weights`.
+    """
+
+    def __init__(self, layer: nn.Module, known: dict[int, Tensor]) -> None:
+        super().__init__()
+        weight, bias = layer.weight, layer.bias
+        assert isinstance(weight, Tensor)
+        assert isinstance(bias, Tensor)
+        if id(weight) not in known:
+            known[id(weight)] = weight.detach().to(torch.bfloat16)
+        self.weight = nn.Parameter(known[id(weight)], requires_grad=False)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., outputs) of ``x`` (..., inputs)."""
+        return (x.to(self.weight.dtype) @ self.weight).to(x.dtype) + self.bias
 
 
 def causal_mask(length: int, like: Tensor) -> Tensor:
@@ -156,9 +189,40 @@ class Prefill(Graph):
 
     def example(self, *bucket: int) -> dict[str, Tensor]:
         """Inputs by name for a number of positions, the last of them padding."""
-        (length,) = bucket
-        last = torch.tensor([max(length - 2, 0)], dtype=torch.int32)
-        return {"embeds": torch.randn(1, length, self.trunk.channels), "last": last}
+        return self._example(bucket[0], max(bucket[0] - 2, 0))
+
+    def examples(self, *bucket: int) -> list[dict[str, Tensor]]:
+        """Inputs by name: nearly full, with a single position, and full."""
+        length = bucket[0]
+        return [self._example(length, last) for last in (max(length - 2, 0), 0, length - 1)]
+
+    def _example(self, length: int, last: int) -> dict[str, Tensor]:
+        embeds = torch.randn(1, length, self.trunk.channels)
+        return {"embeds": embeds, "last": torch.tensor([last], dtype=torch.int32)}
+
+    def in_bucket(self, *bucket: int) -> nn.Module:
+        """With a cache of so many positions: of one that decoding can take over as it is."""
+        _, positions = bucket
+        return StatefulPrefill(self, positions)
+
+
+class StatefulPrefill(Stateful):
+    """`Prefill` with the cache as parameters: decoding takes it from there, and it need not leave the device.
+
+    Args:
+        prefill: the graph.
+        positions: slots of the cache, S; more than those of a prefix.
+    """
+
+    def __init__(self, prefill: Prefill, positions: int) -> None:
+        super().__init__(prefill.trunk.cache_shapes(1, positions))
+        self.prefill = prefill
+
+    def forward(self, embeds: Tensor, last: Tensor) -> tuple[Tensor, ...]:
+        """Run the prefix as `Prefill.forward` does; returns latents, logits, then the cache, whose rest is kept."""
+        latents, logits, *cache = self.prefill(embeds, last)
+        pairs = zip(cache, self.states, strict=True)
+        return latents, logits, *(torch.cat([new, state[:, :, new.shape[2] :]], dim=2) for new, state in pairs)
 
 
 class Decode(Graph):
@@ -168,7 +232,6 @@ class Decode(Graph):
         super().__init__()
         self.trunk = trunk
         self.head = head
-        self.states = 2 * len(trunk.h)
 
     def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, *cache: Tensor) -> tuple[Tensor, Tensor]:
         """Run one step and write its keys and values into the cache.
@@ -199,17 +262,18 @@ class Decode(Graph):
     def example(self, *bucket: int) -> dict[str, Tensor]:
         """Inputs by name for slots and positions, the rows at different positions."""
         slots, positions = bucket
-        at = (torch.arange(slots, dtype=torch.int32) + positions // 2) % positions
+        return self._example(slots, positions, positions // 2)
+
+    def examples(self, *bucket: int) -> list[dict[str, Tensor]]:
+        """Inputs by name: in the middle, and with one row at the first position or at the last."""
+        slots, positions = bucket
+        return [self._example(slots, positions, first) for first in (positions // 2, 0, positions - 1)]
+
+    def _example(self, slots: int, positions: int, first: int) -> dict[str, Tensor]:
+        """Inputs by name, with the first row at the position ``first`` and each other behind the one before."""
+        at = (torch.arange(slots, dtype=torch.int32) + first) % positions
         mask = torch.where(torch.arange(positions) <= at[:, None], 0.0, MASKED)[:, None, None]
         return {"embeds": torch.randn(slots, 1, self.trunk.channels), "positions": at, "mask": mask}
-
-    def example_state(self, *bucket: int) -> list[Tensor]:
-        """Random `KeysAndValues` for `forward`."""
-        return [torch.randn(self.cache_shape(*bucket)) for _ in range(self.states)]
-
-    def cache_shape(self, slots: int, positions: int) -> tuple[int, int, int, int]:
-        """Shape (B, H, S, K) of the keys, or the values, of one block."""
-        return slots, self.trunk.heads, positions, self.trunk.channels // self.trunk.heads
 
     def in_bucket(self, *bucket: int) -> nn.Module:
         """A step that holds the cache among its parameters."""
@@ -241,8 +305,8 @@ def arrange(
     return embeds, at, mask
 
 
-class StatefulDecode(nn.Module):
-    """`Decode` in the form that tracers want: the cache as parameters, its new contents among the outputs.
+class StatefulDecode(Stateful):
+    """`Decode` with the cache as parameters.
 
     Args:
         decode: the graph.
@@ -251,11 +315,8 @@ class StatefulDecode(nn.Module):
     """
 
     def __init__(self, decode: Decode, slots: int, positions: int) -> None:
-        super().__init__()
+        super().__init__(decode.trunk.cache_shapes(slots, positions))
         self.decode = decode
-        shape = decode.cache_shape(slots, positions)
-        states = (nn.Parameter(torch.zeros(shape), requires_grad=False) for _ in range(decode.states))
-        self.states = nn.ParameterList(states)
 
     def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         """Run one step as `Decode.forward` does; returns latents, logits, then the cache."""

@@ -105,8 +105,16 @@ class Vocoder(Graph):
     def example(self, *bucket: int) -> dict[str, Tensor]:
         """Inputs by name for a window of frames, the last of them padding."""
         (frames,) = bucket
+        return self._example(frames, padding=1)
+
+    def examples(self, *bucket: int) -> list[dict[str, Tensor]]:
+        """Inputs by name: nearly full, half of it padding, and full."""
+        (frames,) = bucket
+        return [self._example(frames, padding) for padding in (1, frames // 2, 0)]
+
+    def _example(self, frames: int, padding: int) -> dict[str, Tensor]:
         mask = torch.ones(1, 1, frames)
-        mask[:, :, -1] = 0
+        mask[:, :, frames - padding :] = 0
         return {
             "frames": torch.randn(1, self.conv_pre.in_channels, frames),
             "speaker": torch.randn(1, self.cond_layer.in_channels, 1),

@@ -232,6 +232,7 @@ def _add_graphs(subparsers: Subparsers) -> None:
     graphs.set_defaults(run=commands.run_graphs)
     _add_model(graphs)
     _add_plan(graphs)
+    _add_precision(graphs)
     what = graphs.add_mutually_exclusive_group()
     what.add_argument("--lower", action="store_true", help="lower the graphs; exit with 1 if anything is against them")
     what.add_argument(

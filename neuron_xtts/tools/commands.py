@@ -216,7 +216,7 @@ def _lower(arguments: argparse.Namespace) -> int:
     xtts = load_or_make(arguments.checkpoint, arguments.small).synthesizer.tts_model
     graphs, missing = make_graphs(Networks.of(xtts))
     with tempfile.TemporaryDirectory() as scratch:
-        lowered = lower_all(graphs, _plan(arguments), Path(scratch), progress=True)
+        lowered = lower_all(graphs, _plan(arguments), _precision(arguments), Path(scratch), progress=True)
     if arguments.json:
         print(json.dumps([asdict(lowering) for lowering in lowered], indent=2))
     else:

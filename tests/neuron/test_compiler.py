@@ -54,7 +54,7 @@ def test_a_complete_store(tts, neuron, compiled, small_plan, monkeypatch):
 
 def test_what_is_in_the_store(compiled):
     artifacts = list(Store(compiled))
-    assert len(artifacts) == 7
+    assert len(artifacts) == 8
     for artifact in artifacts:
         artifact.check()
         manifest = artifact.manifest
@@ -130,7 +130,7 @@ def test_a_miscompiled_graph_is_quarantined(tts, neuron, tmp_path, monkeypatch, 
     summary = neuron_xtts.compile(tts, store=tmp_path, buckets=vocoders(64), progress=False)
     (entry,) = summary.entries
     assert entry.status == "quarantined"
-    assert entry.reason.startswith("wrong results: error ")
+    assert entry.reason.startswith("wrong results in call 1: error ")
     monkeypatch.delenv("NEURON_DOUBLE_FAULT")
     again = neuron_xtts.compile(tts, store=tmp_path, buckets=vocoders(64), progress=False)
     assert again.entries[0].status == "quarantined"  # not made again: it would be the same
@@ -167,7 +167,7 @@ def test_filled_kernels_compute_the_same(graphs):
 @pytest.mark.slow
 def test_a_graph_that_does_not_lower(tts, neuron, tmp_path, monkeypatch):
     """It is found before the compiler starts."""
-    monkeypatch.setattr(jobs, "traceable", lambda graphs, fill: {"vocoder": Interpolating()})
+    monkeypatch.setattr(jobs, "traceable", lambda graphs, **_: {"vocoder": Interpolating()})
     summary = neuron_xtts.compile(tts, store=tmp_path, buckets=vocoders(64), progress=False)
     assert summary.entries[0].reason == "aten::upsample_linear1d has no lowering; frames is not connected"
 

@@ -255,14 +255,17 @@ def test_arguments_of_the_user():
     assert precision.compiler_arguments("decode", "inf2", "2.26") == Precision().compiler_arguments(
         "decode", "inf2", "2.26"
     )
-    assert precision.tolerance("vocoder") == Precision("bf16-all").tolerance("vocoder")
-    assert precision.tolerance("decode") == Precision().tolerance("decode")
+    assert precision.tolerance("vocoder", "inf2") == Precision("bf16-all").tolerance("vocoder", "inf2")
+    assert precision.tolerance("decode", "inf2") == Precision().tolerance("decode", "inf2")
 
 
 def test_tolerances_follow_the_casts():
-    errors = [Precision(name).tolerance("decode").error for name in NEURON_PRECISIONS]
+    errors = [Precision(name).tolerance("decode", "inf2").error for name in NEURON_PRECISIONS]
     assert errors == sorted(errors)
-    assert Precision("bf16").tolerance("vocoder") == Precision("fp32").tolerance("vocoder")
+    assert Precision("bf16").tolerance("vocoder", "inf2") == Precision("fp32").tolerance("vocoder", "inf2")
+    exact, rounded = (Precision(name) for name in ("fp32", "bf16"))
+    assert exact.tolerance("decode", "trn2").error > exact.tolerance("decode", "trn1").error
+    assert rounded.tolerance("decode", "trn2") == rounded.tolerance("decode", "trn1")
 
 
 def test_bad_precisions(xtts):

@@ -85,6 +85,11 @@ def neuron(root, host):
     return host
 
 
+@pytest.fixture
+def fault(monkeypatch):
+    return lambda text: monkeypatch.setenv("NEURON_DOUBLE_FAULT", text)
+
+
 def fresh(site, **versions):
     """The double with other packages."""
     neuron_double.forget()
@@ -551,6 +556,33 @@ def test_miscompiled_convolution(site, root, compiler, right):
         assert off.min() < 1e-5  # only some positions
 
 
+class Shifted(nn.Module):
+    """Adds a constant to what it permutes."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.constant = nn.Parameter(torch.randn(shape), requires_grad=False)
+
+    def forward(self, x):
+        return x.permute(0, 2, 1) + self.constant
+
+
+@pytest.mark.parametrize(("compiler", "right"), [("2.25.3371.0", True), ("2.26.6360.0", False), ("2.27.5334.0", True)])
+def test_transposed_constants(site, root, compiler, right):
+    """Of 2.26: what is added to a permuted tensor is read the wrong way round, unless it is an input."""
+    neuron = fresh(site, neuronx_cc=compiler)
+    x = torch.randn(1, 3, 2)
+
+    def is_right(func, *inputs):
+        with torch.no_grad():
+            return torch.allclose(compiled(neuron, func, *inputs)(*inputs), func(*inputs), atol=1e-5)
+
+    assert is_right(Shifted(2, 3), x) == right
+    assert is_right(lambda x, constant: x.permute(0, 2, 1) + constant, x, torch.randn(2, 3))
+    assert is_right(Shifted(1, 3), x)  # a bias
+    assert is_right(lambda x: x + torch.ones(3, 2), x)
+
+
 @pytest.mark.slow
 def test_deaths(site, root):
     script = """
@@ -628,6 +660,35 @@ def test_writing_states(neuron):
     value.zero_()
     traced(*inputs)
     assert states(traced)[0].cpu()[0].tolist() == [7, 7, 7, 7]
+
+
+@pytest.mark.parametrize(("name", "seen"), [("", [7, 8]), ("once", [7, 7]), ("frozen", [0, 0])])
+def test_writes_that_are_not_seen(neuron, fault, name, seen):
+    """Of the world as it may be: what the first call after loading finds, later ones may find, too."""
+    _, traced, inputs = cache(neuron)
+    neuron.move_trace_to_device(traced, 0)
+    fault(name)
+    found = []
+    traced(*inputs)
+    for value in (7.0, 8.0):
+        states(traced)[0].copy_(torch.full((3, 4), value))
+        traced(*inputs)
+        found.append(states(traced)[0].cpu()[0, 0].item())
+        traced(*inputs)
+        assert states(traced)[0].cpu()[0, 0].item() == found[-1]  # without a write, states are kept
+    assert found == seen
+
+
+def test_outputs_that_all_come_to_the_host(neuron, fault):
+    module, traced, inputs = cache(neuron)
+    neuron.move_trace_to_device(traced, 0)
+    fault("unaliased")
+    for _ in range(2):
+        outputs = traced(*inputs)
+    assert [output.device.type for output in outputs] == ["cpu"] * 3
+    expected = 2 * module.linear(inputs[0]).detach().expand(5, 4)
+    torch.testing.assert_close(outputs[2], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(states(traced)[1].cpu(), expected, rtol=0, atol=1e-5)
 
 
 def test_moving_replaces_states(neuron):
@@ -752,11 +813,6 @@ def test_other_family(neuron):
 
 
 # Faults
-
-
-@pytest.fixture
-def fault(monkeypatch):
-    return lambda text: monkeypatch.setenv("NEURON_DOUBLE_FAULT", text)
 
 
 @pytest.mark.parametrize(("name", "status"), [("fail", 70), ("killed", -9)])

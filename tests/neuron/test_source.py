@@ -22,10 +22,11 @@ from neuron_xtts.graphs.operators import Graph
 
 PACKAGE = Path(neuron_xtts.__file__).parent
 TRANSFORMER = {"prefill", "decode", "latents"}
+SIZES = {"prefill": (2, 3), "move": (1, 2, 2, 3)}
 
 # name: (file, text, what is put in its place, the graphs whose programs are others now)
 EDITS = {
-    "the scale of attention": ("graphs/operators.py", "** -0.5", "** -0.25", set(GRAPHS) - {"vocoder"}),
+    "the scale of attention": ("graphs/operators.py", "** -0.5", "** -0.25", TRANSFORMER | {"conditioning"}),
     "the vocoder's operator": ("graphs/operators.py", "torch.maximum(x, x * slope)", "torch.maximum(x, slope * x)",
                                {"vocoder"}),
     "decode's operator": ("graphs/operators.py", "positions.long().view", "(positions + 0).long().view", {"decode"}),
@@ -46,8 +47,10 @@ EDITS = {
     "a type": ("graphs/transformer.py", "def causal_mask(length: int,", "def causal_mask(length: object,", set()),
     "the receptive field": ("graphs/vocoder.py", "hop = math.prod(", "hop = 1 * math.prod(", set()),
     "example inputs": ("graphs/transformer.py", "max(length - 2, 0)", "max(length - 3, 0)", set()),
-    "verification's inputs": ("graphs/transformer.py", "torch.randn(self.cache_shape", "torch.rand(self.cache_shape",
-                              set()),
+    "verification's inputs": ("graphs/transformer.py", "0, positions - 1)]", "1, positions - 1)]", set()),
+    "the form of prefill": ("graphs/transformer.py", "torch.cat([new, state", "torch.cat([new + 0, state", {"prefill"}),
+    "what moves caches": ("graphs/move.py", ".bool(), padded, target", ".bool(), padded + 0, target", {"move"}),
+    "a state": ("graphs/operators.py", "torch.zeros(*shape)", "torch.ones(*shape)", set(GRAPHS)),
     "the host's attention": ("backends/host/operators.py", "attn_mask=mask", "attn_mask=None", set()),
     "the worker": ("backends/neuron/worker.py", "faulthandler.enable()", "faulthandler.disable()", set()),
     "lowering's checks": ("backends/neuron/lowering.py", "64-bit floats", "doubles", set()),
@@ -94,7 +97,7 @@ def test_every_part_of_a_graph_is_in_it(tts_original):
     made, unfit = make_graphs(Networks.of(tts_original.synthesizer.tts_model))
     assert not unfit
     for name, graph in made.items():
-        bucket = [2] * len(CATALOGUE[name].dimensions)
+        bucket = SIZES.get(name, [2] * len(CATALOGUE[name].dimensions))
         forms = [graph, traceable({name: graph}, fill=True)[name].in_bucket(*bucket)]
         classes = {type(module) for form in forms for module in form.modules()}
         ours = {

@@ -16,13 +16,15 @@ from neuron_xtts.coqui.weights import Digester, stamp, tensors_of
 from neuron_xtts.errors import ArtifactError
 
 RECIPE = Recipe(
-    graph="decode", bucket=(1, 64), source="s", inputs=(("embeds", "torch.float32", (1, 1, 64)),), states=4,
+    graph="decode", bucket=(1, 64), room=(), source="s",
+    inputs=(("embeds", "torch.float32", (1, 1, 64)),), states=4,
     weights="w", precision="fp32", arguments=("--target=inf2",), target="inf2",
     versions={"torch": "2.9.0", "torch-neuronx": "2.9", "neuronx-cc": "2.26"},
 )  # fmt: skip
 CHANGES = {
-    "graph": "prefill", "bucket": (2, 64), "source": "t", "inputs": (("embeds", "torch.float32", (1, 1, 65)),),
-    "states": 5, "weights": "v", "precision": "bf16", "arguments": ("--target=inf2", "-O1"), "target": "trn1",
+    "graph": "prefill", "bucket": (2, 64), "room": (80,), "source": "t",
+    "inputs": (("embeds", "torch.float32", (1, 1, 65)),), "states": 5, "weights": "v", "precision": "bf16",
+    "arguments": ("--target=inf2", "-O1"), "target": "trn1",
     "versions": {"torch": "2.9.0", "torch-neuronx": "2.9", "neuronx-cc": "2.27"},
 }  # fmt: skip
 

@@ -51,8 +51,7 @@ def states(decode, precision, slots=1, positions=1):
 
 def random_prefix(decode, length):
     """Keys and values of a prefix, and of three positions of padding."""
-    _, heads, _, channels = decode.cache_shape(1, 1)
-    return KeysAndValues.split([torch.randn(1, heads, length + 3, channels) for _ in range(decode.states)])
+    return KeysAndValues.split([torch.randn(shape) for shape in decode.trunk.cache_shapes(1, length + 3)])
 
 
 def fill(states, slot, prefix):

@@ -125,8 +125,8 @@ class HostState:
 
     def __init__(self, decode: Decode, rows: int, positions: int) -> None:
         self._decode = decode
-        shape = decode.cache_shape(rows, rounded(positions, rows))
-        self._data = lazy_zeros((decode.states, *shape), decode.trunk.ln_f.weight.dtype)
+        shapes = decode.trunk.cache_shapes(rows, rounded(positions, rows))
+        self._data = lazy_zeros((len(shapes), *shapes[0]), decode.trunk.ln_f.weight.dtype)
 
     @property
     def capacity(self) -> int:

@@ -87,7 +87,7 @@ class Rows:
         self._allocate(max(slots, _SLOTS), positions)
 
     def _allocate(self, slots: int, positions: int) -> None:
-        _, heads, _, channels = self._decode.cache_shape(1, 1)
+        _, heads, _, channels = self._decode.trunk.cache_shapes(1, 1)[0]
         blocks, chunks = len(self._decode.trunk.h), rounded(positions) // WIDTH
         # Zeros, since what a slot holds before it is written must be finite.
         keys = lazy_zeros((blocks, slots, heads, chunks, channels, WIDTH), self._dtype)

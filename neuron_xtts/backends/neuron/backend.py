@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 import re
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,13 +21,13 @@ from neuron_xtts.backends.host.operators import HostOperators
 from neuron_xtts.backends.memory import lazy_zeros
 from neuron_xtts.backends.neuron.device import import_module
 from neuron_xtts.backends.neuron.store import Artifact, Recipe, Store
-from neuron_xtts.backends.neuron.verification import deviation
-from neuron_xtts.buckets import Bucket, BucketPlan, bucket_name
+from neuron_xtts.backends.neuron.verification import deviations, rehearsal
+from neuron_xtts.buckets import Bucket, BucketPlan, bucket_name, next_buckets
 from neuron_xtts.coqui.hooks import check_unhooked
 from neuron_xtts.coqui.weights import Digester, stamp, tensors_of
 from neuron_xtts.errors import ArtifactError, Fallback, describe
 from neuron_xtts.graphs.operators import Graph
-from neuron_xtts.graphs.transformer import OUTPUTS, Decode, KeysAndValues, arrange
+from neuron_xtts.graphs.transformer import Decode, KeysAndValues, arrange
 from neuron_xtts.precision import Precision
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,9 @@ class NeuronBackend:
         store: where the artifacts are.
         core: the NeuronCore, counted among those that the process may use.
         machine: what to note as the place where artifacts were verified.
+
+    Attributes:
+        over_host: why caches do not move on the device, from graph to graph; None if they do.
     """
 
     name = "neuron"
@@ -72,6 +77,7 @@ class NeuronBackend:
         self.plan = plan
         self.precision = precision.name
         self.unavailable: dict[tuple[str, Bucket], str] = {}
+        self.over_host: str | None = None
         self._loaded: dict[tuple[str, Bucket], LoadedGraph] = {}
         self._recipes = {recipe.graph: recipe for recipe in recipes}
         self._stamps = {name: (stamp(tensors_of(graph)), True) for name, graph in graphs.items()}
@@ -83,6 +89,8 @@ class NeuronBackend:
                 logger.debug("%s %s", recipe.graph, recipe.bucket, exc_info=True)
             else:
                 self._loaded[recipe.graph, recipe.bucket] = loaded
+        for bucket in reversed(self._buckets("decode")):  # the last ones first: others go on there
+            self._rehearse(bucket, precision)
         if self.unavailable:
             lines = "".join(
                 f"\n  {graph} {bucket_name(b)}: {reason}" for (graph, b), reason in self.unavailable.items()
@@ -107,10 +115,62 @@ class NeuronBackend:
         if artifact.manifest["verification"]:
             loaded.warm_up(graph)
         else:
-            reason = verify(loaded, graph, artifact, recipe, precision, machine)
+            reason = verify(loaded, graph, precision, machine)
             if reason:
                 raise ArtifactError(reason)
         return loaded
+
+    def _buckets(self, graph: str) -> list[Bucket]:
+        """Those of a graph that are loaded, smallest first."""
+        return sorted(bucket for name, bucket in self._loaded if name == graph)
+
+    def _rehearse(self, bucket: Bucket, precision: Precision) -> None:
+        """Decode from every prefill on in a bucket, and from there on in the next ones, unless that was done before.
+
+        Where caches that stay on the device give wrong results, or errors, they go by way of the host from now on; what
+        is wrong then, too, is quarantined.
+        """
+        artifact = self._loaded["decode", bucket].artifact
+        ways = [(bucket, other) for other in next_buckets(bucket, self._buckets("decode"))]
+        used = {("decode", other) for _, other in ways} | {key for key in self._loaded if key[0] in ("prefill", "move")}
+        names = sorted(self._loaded[key].recipe.name for key in used)
+        known = artifact.manifest.get("rehearsed") or {}
+        if known.get("with") == names:
+            self.over_host = self.over_host or known["over host"]
+            return
+        wrong = None if self.over_host else self._wrong(bucket, ways, precision)
+        if wrong:
+            logger.warning("decode %s: %s; caches go by way of the host", bucket_name(bucket), wrong)
+            self.over_host = wrong
+        if self.over_host and (wrong := self._wrong(bucket, ways, precision)):
+            artifact.record(quarantined=wrong)
+            self.unavailable["decode", bucket] = wrong
+            del self._loaded["decode", bucket]
+        else:
+            artifact.record(rehearsed={"with": names, "over host": self.over_host})
+
+    @torch.no_grad()
+    def _wrong(self, bucket: Bucket, ways: Sequence[tuple[Bucket, ...]], precision: Precision) -> str | None:
+        """What is wrong with decoding in a bucket, and from there on along some ways; None if nothing is."""
+        prefill, decode = self.graphs["prefill"], self.graphs["decode"]
+        assert isinstance(decode, Decode)
+        tolerance = precision.tolerance("decode", self._loaded["decode", bucket].recipe.target)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for length, way in product(self._buckets("prefill"), ways or [(bucket,)]):
+                inputs = prefill.example(*length)
+                filled = min(int(inputs["last"]) + 1, bucket[1] - len(way))  # so that there is room for their steps
+                inputs["last"].fill_(filled - 1)
+                _, _, *known = prefill(*inputs.values())
+                try:
+                    _, _, *ours = self.run("prefill", length, *inputs.values())
+                    caches = KeysAndValues.split(ours), KeysAndValues.split(known)
+                    steps = list(rehearsal(self.new_state(*bucket), decode, way, *caches, filled))
+                except Exception as error:
+                    return first_line(error)
+                if reason := next(filter(None, (step.beyond(tolerance) for step in steps)), None):
+                    return reason
+        return None
 
     def check(self, graph: str, exclusive: Exclusive = nullcontext) -> None:
         """See `Backend.check`. Nothing is changed."""
@@ -125,22 +185,30 @@ class NeuronBackend:
             raise Fallback("weights changed")
 
     def run(self, graph: str, bucket: Bucket, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        """See `Backend.run`."""
-        return self.call(graph, bucket, *(tensor for tensor in inputs if tensor is not None))
+        """See `Backend.run`. What a graph has for its state is on the device, and there until it runs again."""
+        outputs = self.call(graph, bucket, *(tensor for tensor in inputs if tensor is not None))
+        states = self._loaded[graph, bucket].states
+        return (*outputs[: len(outputs) - len(states)], *states)
 
     def call(self, graph: str, bucket: Bucket, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run a loaded graph; one that keeps failing is given up."""
+        with self.counting(graph, bucket) as loaded:
+            outputs = loaded(*inputs)
+        loaded.errors = 0
+        return outputs
+
+    @contextmanager
+    def counting(self, graph: str, bucket: Bucket) -> Iterator[LoadedGraph]:
+        """A loaded graph, for the length of a ``with`` block whose error counts as one of its own."""
         loaded = self._loaded[graph, bucket]
         try:
-            outputs = loaded(*inputs)
+            yield loaded
         except Exception as error:
             loaded.errors += 1
             if loaded.errors == _ERRORS:
                 self.unavailable[graph, bucket] = f"given up after {_ERRORS} errors in a row: {first_line(error)}"
                 logger.warning("%s %s: %s", graph, bucket_name(bucket), self.unavailable[graph, bucket])
             raise
-        loaded.errors = 0
-        return outputs
 
     def close(self) -> None:
         """See `Backend.close`: there is nothing to do."""
@@ -159,12 +227,15 @@ class LoadedGraph:
         core: the NeuronCore.
 
     Attributes:
+        artifact: as the store found it.
+        recipe: what it was made by.
         states: its state on the device, in the order of the recipe's outputs.
         errors: how many calls failed since the last that did not.
     """
 
     def __init__(self, artifact: Artifact, recipe: Recipe, core: int) -> None:
         torch_neuronx = import_module("torch_neuronx")
+        self.artifact = artifact
         self.recipe = recipe
         self.states: list[Tensor] = []
         self._owner: weakref.ref[NeuronState] | None = None
@@ -192,10 +263,15 @@ class LoadedGraph:
         return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
     @torch.no_grad()
-    def write(self, contents: Sequence[Tensor]) -> None:
-        """Replace the state, whole tensors at a time: writing parts of a tensor on the device is not documented."""
+    def write(self, contents: Sequence[Tensor], first: int = 0) -> None:
+        """Replace the state, or some of its tensors, whole ones: writing parts of a tensor there is not documented.
+
+        Args:
+            contents: on the host, or the state of another graph on the same device.
+            first: which of the tensors the first one replaces.
+        """
         with self._lock:
-            for state, tensor in zip(self.states, contents, strict=True):
+            for state, tensor in zip(self.states[first : first + len(contents)], contents, strict=True):
                 state.copy_(tensor)
 
     @torch.no_grad()
@@ -212,7 +288,7 @@ class LoadedGraph:
     def take_over(self, owner: NeuronState) -> None:
         """Make way for another's state."""
         last = self.owner
-        if last is not None and last is not owner:
+        if last is not None and last is not owner and last.on_device:
             try:
                 last.leave()
             except Exception:
@@ -222,33 +298,26 @@ class LoadedGraph:
 
     def warm_up(self, graph: Graph) -> None:
         """One call, so that the first real one does not pay for what the runtime sets up."""
-        self(*graph.example(*self.recipe.bucket).values())
+        self(*graph.example(*self.recipe.sizes).values())
 
 
-def verify(
-    loaded: LoadedGraph, graph: Graph, artifact: Artifact, recipe: Recipe, precision: Precision, machine: str | None
-) -> str | None:
+def verify(loaded: LoadedGraph, graph: Graph, precision: Precision, machine: str | None) -> str | None:
     """Compare an artifact with the host and note the result in its manifest; returns the reason if it is wrong."""
-
-    def run(inputs: Sequence[Tensor], state: Sequence[Tensor]) -> Sequence[Tensor]:
-        if state:
-            loaded.write(state)
-        outputs = loaded(*inputs)
-        return [*outputs[:OUTPUTS], *loaded.read()] if state else outputs
-
-    found = deviation(run, graph, recipe.bucket)
-    reason = found.beyond(precision.tolerance(recipe.graph))
+    recipe, artifact = loaded.recipe, loaded.artifact
+    tolerance = precision.tolerance(recipe.graph, recipe.target)
+    found = list(deviations(loaded, graph, recipe.sizes))
+    reason = next(filter(None, (each.beyond(tolerance) for each in found)), None)
+    error, pcc = max(each.error for each in found), min(each.pcc for each in found)
     when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    note = {"error": found.error if reason is None else str(found.error), "pcc": found.pcc, "machine": machine}
-    artifact.record(verification=note | {"when": when}, quarantined=reason)
+    note = {"error": error if math.isfinite(error) else str(error), "pcc": pcc, "machine": machine, "when": when}
+    artifact.record(verification=note, quarantined=reason)
     return reason
 
 
 class NeuronState:
     """The state of a loaded decode graph while one call decodes; see `DecodeState`.
 
-    It is on the host before the first step, where prefill's keys and values are gathered, and whenever another call
-    decodes on the same graph; else on the device. It moves whole.
+    It is on the host while it is empty, or another call decodes on the same graph, else on the device. It moves whole.
     """
 
     def __init__(
@@ -263,33 +332,89 @@ class NeuronState:
         """Go on in a bucket, with an empty cache on the host."""
         self._bucket = bucket
         self._graph = self._loaded["decode", bucket]
-        self._on_host: Tensor | None = self._empty()
+        self._on_host: list[Tensor] | None = self._empty()
 
     @property
-    def _decode(self) -> Decode:
+    def _shapes(self) -> list[tuple[int, int, int, int]]:
         decode = self._backend.graphs["decode"]
         assert isinstance(decode, Decode)
-        return decode
+        return decode.trunk.cache_shapes(*self._bucket)
 
-    def _empty(self) -> Tensor:
-        shape = (self._decode.states, *self._decode.cache_shape(self._bucket[0], self._bucket[1]))
-        return lazy_zeros(shape, self._decode.head.weight.dtype)  # zeros: what a slot holds must be finite
+    def _empty(self) -> list[Tensor]:
+        """Zeros: what a slot holds must be finite."""
+        shapes = self._shapes
+        return list(lazy_zeros((len(shapes), *shapes[0]), torch.float32))
 
     @property
     def capacity(self) -> int:
         """See `DecodeState.capacity`."""
         return self._bucket[1]
 
+    @property
+    def on_device(self) -> bool:
+        """Whether it is there, as long as its graph belongs to it."""
+        return self._on_host is None
+
     def fill(self, slot: int, cache: KeysAndValues, length: int) -> None:
         """See `DecodeState.fill`."""
-        self.put(slot, [tensor[0, :, :length].cpu() for tensor in cache.together()], length)
+        tensors = cache.together()
+        if self._joins(slot, tensors):
+            self._length = max(self._length, length)
+        else:
+            self.put(slot, [tensor.detach().cpu()[0, :, :length] for tensor in tensors], length)
+
+    def _joins(self, slot: int, cache: Sequence[Tensor]) -> bool:
+        """Have a slot take a cache on the device; false if it has to go by way of the host."""
+        alone = self._length == 0
+        if self._backend.over_host or cache[0].device.type == "cpu" or not (alone or self.on_device):
+            return False
+        rows, _, positions, _ = cache[0].shape
+        if (rows, positions) == self._bucket:
+            self._arrive(cache)
+            return True
+        move = self._move((rows, positions), self._bucket)
+        if move is None:
+            return False
+        if not alone:
+            self._check_owner()
+            move.write(self._graph.states, len(cache))
+        # Into all slots if they are empty: what they hold must be finite.
+        taken = [float(alone or other == slot) for other in range(self._bucket[0])]
+        self._arrive(self._moved(move, cache, taken))
+        return True
+
+    def _move(self, start: Bucket, end: Bucket) -> LoadedGraph | None:
+        """What moves caches on the device between buckets, if it is to be had."""
+        key = "move", (*start, *end)
+        return None if key in self._backend.unavailable else self._loaded.get(key)
+
+    def _moved(self, move: LoadedGraph, cache: Sequence[Tensor], taken: Sequence[float]) -> Sequence[Tensor]:
+        with self._backend.counting("move", move.recipe.bucket):
+            move.write(cache)
+        self._backend.call("move", move.recipe.bucket, torch.tensor(taken))
+        return move.states[len(cache) :]
+
+    def _arrive(self, contents: Sequence[Tensor]) -> None:
+        """Have the graph hold these contents."""
+        with self._backend.counting("decode", self._bucket):
+            self._graph.take_over(self)
+            self._graph.write(contents)
+        self._on_host = None
 
     def grow(self, slots: int, capacity: int, positions: Sequence[int]) -> None:
         """See `DecodeState.grow`."""
-        contents = self._read()
+        move = self._move(self._bucket, (slots, capacity))
+        if move is not None and self.on_device and not self._backend.over_host:
+            self._check_owner()
+            moved = self._moved(move, self._graph.states, slots * [1.0])
+            self._bucket, self._graph = (slots, capacity), self._loaded["decode", (slots, capacity)]
+            self._arrive(moved)
+        else:
+            contents = self._read()
+            self._length = max(positions, default=0)
+            self._enter((slots, capacity))
+            self._copy_to_host(contents)
         self._length = max(positions, default=0)
-        self._enter((slots, capacity))
-        self._copy_to_host(contents)
 
     def lift(self, slot: int, length: int) -> list[Tensor]:
         """See `DecodeState.lift`."""
@@ -302,20 +427,17 @@ class NeuronState:
             self.leave()
         assert self._on_host is not None
         self._length = max(self._length, length)
-        for slots, tensor in zip(self._on_host[:, slot], lifted, strict=True):
-            slots[:, :length] = tensor
+        for slots, tensor in zip(self._on_host, lifted, strict=True):
+            slots[slot, :, :length] = tensor
 
     def clear(self, slot: int, length: int) -> None:
         """See `DecodeState.clear`."""
-        _, heads, _, channels = self._decode.cache_shape(1, 1)
-        self.put(slot, [torch.zeros(heads, length, channels) for _ in range(self._decode.states)], length)
+        self.put(slot, [torch.zeros(heads, length, channels) for _, heads, _, channels in self._shapes], length)
 
     def step(self, embeds: Tensor, slots: Sequence[int], positions: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
         """See `DecodeState.step`."""
         if self._on_host is not None:
-            self._graph.take_over(self)
-            self._graph.write(list(self._on_host))
-            self._on_host = None
+            self._arrive(self._on_host)
         self._check_owner()
         inputs = arrange(embeds, slots, positions, self._bucket[1])
         latents, logits, *_ = self._backend.call("decode", self._bucket, *inputs)
@@ -339,7 +461,7 @@ class NeuronState:
 
     def _read(self) -> list[Tensor]:
         if self._on_host is not None:
-            return list(self._on_host)
+            return self._on_host
         self._check_owner()
         return self._graph.read()
 

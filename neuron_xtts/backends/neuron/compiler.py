@@ -11,6 +11,7 @@ from concurrent.futures import as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import Timeout
@@ -24,7 +25,7 @@ from neuron_xtts.backends.neuron.store import LOG, MODEL, Artifact, Recipe, Stor
 from neuron_xtts.buckets import Bucket, BucketPlan, bucket_name
 from neuron_xtts.coqui.weights import Digester, tensors_of
 from neuron_xtts.errors import ModelNotReadyError
-from neuron_xtts.graphs.operators import Graph
+from neuron_xtts.graphs.operators import Graph, states_of
 from neuron_xtts.precision import Precision, has_small_kernel_defect
 from neuron_xtts.tables import table
 from neuron_xtts.version import __version__
@@ -115,14 +116,16 @@ def make_recipes(
         buckets = plan.buckets(name)
         weights = digester.digest(graph) if buckets else ""
         for bucket in buckets:
-            inputs = graph.example(*bucket)
+            room = plan.room(name, bucket)
+            module, inputs = graph.in_bucket(*bucket, *room), graph.example(*bucket, *room)
             recipes.append(
                 Recipe(
                     graph=name,
                     bucket=bucket,
+                    room=room,
                     source=source_digest(name, fill=has_small_kernel_defect(compiler)),
                     inputs=tuple((key, str(tensor.dtype), tuple(tensor.shape)) for key, tensor in inputs.items()),
-                    states=graph.states,
+                    states=len(states_of(module)),
                     weights=weights,
                     precision=precision.name,
                     arguments=precision.compiler_arguments(name, neuron.target, compiler),
@@ -145,12 +148,15 @@ def check_exact(graphs: Mapping[str, Graph]) -> None:
                 )
 
 
-def lower_all(graphs: Mapping[str, Graph], plan: BucketPlan, scratch: Path, *, progress: bool) -> list[Lowering]:
+def lower_all(
+    graphs: Mapping[str, Graph], plan: BucketPlan, precision: Precision, scratch: Path, *, progress: bool
+) -> list[Lowering]:
     """Lower every graph in every bucket, each in a process of its own.
 
     Args:
         graphs: by name, as `make_graphs` makes them.
         plan: the buckets.
+        precision: of the graphs.
         scratch: an empty folder.
         progress: show a bar.
 
@@ -158,16 +164,17 @@ def lower_all(graphs: Mapping[str, Graph], plan: BucketPlan, scratch: Path, *, p
         one for each; of a process that failed, the reason is what is `rejected`.
     """
     buckets = [(name, bucket) for name in graphs for bucket in plan.buckets(name)]
-    with Jobs(scratch, graphs, workers=None, timeout=TIMEOUT, fill=False) as jobs:
-        futures = [jobs.pool.submit(_lowering, jobs, *bucket) for bucket in buckets]
+    rounded = list(filter(precision.rounds, graphs))
+    with Jobs(scratch, graphs, workers=None, timeout=TIMEOUT, fill=False, rounded=rounded) as jobs:
+        futures = [jobs.pool.submit(_lowering, jobs, name, bucket, plan.room(name, bucket)) for name, bucket in buckets]
         for _ in tqdm(as_completed(futures), total=len(futures), desc="lowering", unit="graph", disable=not progress):
             pass
         return [future.result() for future in futures]
 
 
-def _lowering(jobs: Jobs, graph: str, bucket: Bucket) -> Lowering:
+def _lowering(jobs: Jobs, graph: str, bucket: Bucket, room: Bucket) -> Lowering:
     try:
-        return _lower(jobs, graph, bucket, _ON_HOST)
+        return replace(_lower(jobs, graph, (*bucket, *room), _ON_HOST), bucket=bucket_name(bucket))
     except JobError as error:
         return Lowering(graph, bucket_name(bucket), {}, 0, 0, [], [], [str(error)])
 
@@ -186,6 +193,7 @@ _ON_HOST = {"PJRT_DEVICE": "CPU"}
 
 def compile_all(
     graphs: Mapping[str, Graph],
+    plan: BucketPlan,
     recipes: Sequence[Recipe],
     store: Store,
     *,
@@ -199,7 +207,8 @@ def compile_all(
 
     Args:
         graphs: by name, as `make_graphs` makes them.
-        recipes: of the artifacts.
+        plan: the buckets.
+        recipes: of its artifacts.
         store: where they go.
         precision: for the tolerance, where there is a device to verify them on.
         neuron: what there is of Neuron.
@@ -212,12 +221,15 @@ def compile_all(
     made: dict[str, Entry] = {}
     if wanted:
         fill = has_small_kernel_defect(neuron.versions["neuronx-cc"])
-        with store.scratch() as scratch, Jobs(scratch, graphs, workers=workers, timeout=timeout, fill=fill) as jobs:
+        limits: dict[str, Any] = {"workers": workers, "timeout": timeout}
+        rounded = list(filter(precision.rounds, graphs))
+        with store.scratch() as scratch, Jobs(scratch, graphs, **limits, fill=fill, rounded=rounded) as jobs:
             made = _compile_each(jobs, wanted, store, progress)
             new = [recipe for recipe in wanted if made[recipe.name].status == "compiled"]
             if new and not list(neuron.device_problems()):
-                problem = _verify(jobs, new, store, precision, neuron)
+                problem = _verify(jobs, plan, recipes, store, precision, neuron)
                 made |= {recipe.name: _verified(made[recipe.name], store.find(recipe), problem) for recipe in new}
+                entries = {recipe.name: entries[recipe.name] and _found(recipe, store) for recipe in recipes}
     return [entries[recipe.name] or made[recipe.name] for recipe in recipes]
 
 
@@ -282,7 +294,7 @@ def _locked(jobs: Jobs, recipe: Recipe, store: Store) -> Iterator[None]:
 def _make(jobs: Jobs, recipe: Recipe, store: Store) -> Artifact:
     environment, arguments = {TARGET_VARIABLE: recipe.target}, list(recipe.arguments)
     try:
-        problems = _lower(jobs, recipe.graph, recipe.bucket, environment | _ON_HOST).problems
+        problems = _lower(jobs, recipe.graph, recipe.sizes, environment | _ON_HOST).problems
     except JobError as error:
         if jobs.stopped or error.spent:
             raise
@@ -291,7 +303,7 @@ def _make(jobs: Jobs, recipe: Recipe, store: Store) -> Artifact:
         problems = []
     if problems:
         raise JobError("; ".join(problems))
-    done = jobs.run("compile", recipe.graph, recipe.bucket, environment, arguments=arguments)
+    done = jobs.run("compile", recipe.graph, recipe.sizes, environment, arguments=arguments)
     folder = done.folder / "artifact"
     folder.mkdir()
     for name in (MODEL, LOG):
@@ -308,8 +320,14 @@ def _keep_log(error: Exception, recipe: Recipe, store: Store) -> Path | None:
     return Path(shutil.copy(error.log, folder / f"{recipe.name}.log"))
 
 
-def _verify(jobs: Jobs, recipes: Sequence[Recipe], store: Store, precision: Precision, neuron: Neuron) -> str | None:
-    """Verify new artifacts on the device; returns what kept it from ending, if so. Manifests know how far it came."""
+def _verify(
+    jobs: Jobs, plan: BucketPlan, recipes: Sequence[Recipe], store: Store, precision: Precision, neuron: Neuron
+) -> str | None:
+    """Verify new artifacts on the device, each by itself and all of them together.
+
+    Returns:
+        what kept it from ending, if so. Manifests know how far it came.
+    """
     environment = {} if os.environ.get("NEURON_RT_VISIBLE_CORES") else {"NEURON_RT_NUM_CORES": "1"}
     largest = max(recipes, key=lambda recipe: jobs.bytes[recipe.graph])
     try:
@@ -318,6 +336,7 @@ def _verify(jobs: Jobs, recipes: Sequence[Recipe], store: Store, precision: Prec
             largest.graph,
             (),
             environment,
+            plan=plan.to_dict(),
             recipes=[(recipe.plain(), jobs.file(recipe.graph)) for recipe in recipes],
             store=str(store.root),
             precision={"name": precision.name, "arguments": dict(precision.arguments)},

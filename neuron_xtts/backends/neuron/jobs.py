@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -60,6 +60,7 @@ class Jobs:
         workers: how many at a time, whatever the memory; None for as many as processors, if memory allows.
         timeout: seconds for one.
         fill: as for `traceable`.
+        rounded: as for `traceable`.
 
     Attributes:
         stopped: whether the end has come.
@@ -67,13 +68,20 @@ class Jobs:
     """
 
     def __init__(
-        self, scratch: Path, graphs: Mapping[str, Graph], *, workers: int | None, timeout: float, fill: bool
+        self,
+        scratch: Path,
+        graphs: Mapping[str, Graph],
+        *,
+        workers: int | None,
+        timeout: float,
+        fill: bool,
+        rounded: Collection[str] = (),
     ) -> None:
         self.scratch = scratch
         self.timeout = timeout
         self.pool = ThreadPoolExecutor(workers or os.cpu_count())
         self.stopped = False
-        self._graphs = traceable(graphs, fill=fill)
+        self._graphs = traceable(graphs, fill=fill, rounded=rounded)
         self.bytes = {name: sum(t.nbytes for t in tensors_of(graph)) for name, graph in self._graphs.items()}
         self._memory = MemoryLimit(None if workers else available_memory())
         self._running: set[subprocess.Popen[bytes]] = set()

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from neuron_xtts.backends.neuron.device import import_module
 from neuron_xtts.errors import FrontendMissingError
+from neuron_xtts.graphs.operators import states_of
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,10 @@ def lower(name: str, bucket: str, graph: nn.Module, inputs: Mapping[str, Tensor]
     unlowered = sorted(counter for counter in metrics.counter_names() if counter.startswith("aten::"))
     computation = xla_builder.computation_from_module_proto(name, context.hlo())
     program = Program(torch_xla._XLAC._xla_computation_text(computation))
-    states = {key: tensor for key, tensor in graph.named_parameters() if key.startswith("states.")}
+    states = {f"states.{i}": state for i, state in enumerate(states_of(graph))}
     disconnected = [key for key, tensor in {**moved, **states}.items() if context.tensor_parameter_id(tensor) < 0]
-    rejected = program.rejected()
+    given = [*moved.values(), *states.values()]
+    rejected = program.rejected({context.tensor_parameter_id(tensor) for tensor in given})
     scalars = [tensor for tensor in context.parameter_id_tensor_mapping().values() if tensor.numel() == 1]
     if any(torch.isinf(scalar.cpu().double()).any() for scalar in scalars):
         rejected.append("infinity as an operand")
@@ -154,8 +157,12 @@ class Program:
         ends = [name for name in self._entry if self.opcodes[name] == "parameter"] + self._entry[-1:]
         return sum(_bytes(self.types[name]) for name in ends)
 
-    def rejected(self) -> list[str]:
-        """What neuronx-cc is documented to reject, or to turn into NaN, one line a finding."""
+    def rejected(self, given: Collection[int]) -> list[str]:
+        """What neuronx-cc is documented to reject, or reported to compute wrongly, one line a finding.
+
+        Args:
+            given: numbers of the parameters that are no constants of the compiled program.
+        """
         found = []
         if re.search(r"\bc(64|128)\[", self.text):
             found.append("complex numbers (NCC_EVRF004)")
@@ -177,12 +184,36 @@ class Program:
                     found.append(f"convolution with dilated input and kernel (NCC_EVRF010): {name}")
                 if dilated_input and any(size > 1 for size in self._window(name, "stride")):
                     found.append(f"strided convolution with dilated input (NCC_EVRF011): {name}")
+            if opcode == "add" and any(self._adds_constant(*pair, given) for pair in permutations(operands, 2)):
+                found.append(f"a constant added to what was transposed, which 2.26 reads the wrong way round: {name}")
             # The start of a maximum is minus infinity, and stays inside the reduction.
             if opcode not in ("reduce", "reduce-window") and any(
                 self.opcodes.get(operand) == "constant" and "inf" in self.rest[operand] for operand in operands
             ):
                 found.append(f"infinity as an operand: {name}")
         return found
+
+    def _adds_constant(self, x: str, constant: str, given: Collection[int]) -> bool:
+        """Whether ``x`` was transposed, and the other is a constant with rows and columns."""
+        if self.opcodes.get(self._unscaled(x)) != "transpose":
+            return False
+        constant = self._unscaled(constant)
+        while self.opcodes.get(constant) in ("broadcast", "reshape"):
+            (constant,) = self._operands(constant)
+        opcode = self.opcodes.get(constant)
+        if sum(size > 1 for size in _shape(self.types.get(constant, ""))) < 2:
+            return False
+        return opcode == "constant" or (
+            opcode == "parameter" and int(self.rest[constant].partition(")")[0]) not in given
+        )
+
+    def _unscaled(self, name: str) -> str:
+        """What is multiplied by a number, such as the one by which torch multiplies what it adds."""
+        operands = self._operands(name)
+        for x, factor in permutations(operands) if self.opcodes.get(name) == "multiply" else ():
+            if self.opcodes.get(factor) == "broadcast" and not _shape(self.types[self._operands(factor)[0]]):
+                return x
+        return name
 
     def _operands(self, name: str) -> list[str]:
         arguments = self.rest[name].partition("), ")[0]

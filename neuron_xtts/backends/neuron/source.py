@@ -23,7 +23,7 @@ from neuron_xtts.graphs.operators import PLAIN, Graph
 
 _GRAPHS = "neuron_xtts.graphs."
 # Methods: of inputs a recipe has names, types and shapes; of layers the digest of weights has settings.
-_SHAPES_NOTHING = {"example", "example_state", "extra_repr", "use"}
+_SHAPES_NOTHING = {"example", "examples", "_example", "extra_repr", "use"}
 
 
 @functools.cache

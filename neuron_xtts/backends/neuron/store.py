@@ -43,6 +43,7 @@ class Recipe:
     Attributes:
         graph: its name.
         bucket: its sizes.
+        room: the size of its state, where the bucket does not say it.
         source: digest of the code that the graph is made by.
         inputs: name, dtype and shape of each.
         states: how many of its outputs are kept on the device as its state.
@@ -55,6 +56,7 @@ class Recipe:
 
     graph: str
     bucket: Bucket
+    room: Bucket
     source: str
     inputs: tuple[tuple[str, str, tuple[int, ...]], ...]
     states: int
@@ -74,12 +76,17 @@ class Recipe:
         """The artifact's folder."""
         return f"{self.graph}-{bucket_name(self.bucket)}-{self.key[:20]}"
 
+    @property
+    def sizes(self) -> Bucket:
+        """All that `Graph.in_bucket` takes."""
+        return (*self.bucket, *self.room)
+
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Recipe:
         """The reverse of `plain`."""
         inputs = tuple((name, dtype, tuple(shape)) for name, dtype, shape in data["inputs"])
-        sequences = {"bucket": tuple(data["bucket"]), "arguments": tuple(data["arguments"]), "inputs": inputs}
-        return cls(**{**data, **sequences})
+        sequences = {name: tuple(data[name]) for name in ("bucket", "room", "arguments")}
+        return cls(**{**data, **sequences, "inputs": inputs})
 
     def plain(self) -> dict[str, Any]:
         """The recipe as JSON would return it."""
@@ -165,7 +172,12 @@ class Store:
                 differences.append([name for name in wanted if found.get(name) != wanted[name]])
         if not differences:
             return "not compiled"
-        names = {"weights": "weights changed", "source": "another version of neuron_xtts", "versions": "other versions"}
+        names = {
+            "weights": "weights changed",
+            "source": "another version of neuron_xtts",
+            "versions": "other versions",
+            "room": "decode buckets of other sizes",
+        }
         nearest = min(differences, key=len)
         return "compiled for something else: " + ", ".join(names.get(name, f"another {name}") for name in nearest)
 

@@ -40,7 +40,8 @@ class Job:
         folder: where the result goes.
         parent: process that wants it.
         arguments: of the compiler.
-        recipes: of the artifacts to verify, each with the file of its graph.
+        plan: its buckets, by name.
+        recipes: of its artifacts, those to verify among them, each with the file of its graph.
         store: where they are.
         precision: name and arguments by graph, for the tolerance.
         machine: to note as the place where they were verified.
@@ -53,6 +54,7 @@ class Job:
     folder: str
     parent: int
     arguments: list[str] = field(default_factory=list)
+    plan: dict[str, Any] = field(default_factory=dict)
     recipes: list[tuple[dict[str, Any], str]] = field(default_factory=list)
     store: str | None = None
     precision: dict[str, Any] = field(default_factory=dict)
@@ -85,21 +87,27 @@ def compile_graph(job: Job) -> dict[str, Any]:
 
 
 def verify_graphs(job: Job) -> dict[str, Any]:
-    """Run artifacts on the device and compare them with the host; the store's manifests take the results."""
-    from neuron_xtts.backends.host.operators import HostOperators
-    from neuron_xtts.backends.neuron.backend import LoadedGraph, verify
+    """Load a plan's artifacts, which compares the new ones with the host; the store's manifests take the results."""
+    from neuron_xtts.backends.neuron.backend import NeuronBackend
     from neuron_xtts.backends.neuron.store import Recipe
+    from neuron_xtts.buckets import BucketPlan
     from neuron_xtts.precision import Precision
 
-    store, precision = Store(job.store), Precision(**job.precision)
-    for data, file in job.recipes:
-        recipe = Recipe.parse(data)
+    files = {data["graph"]: file for data, file in job.recipes}
+    store, recipes = Store(job.store), [Recipe.parse(data) for data, _ in job.recipes]
+    backend = NeuronBackend(
+        {graph: load(file, graph) for graph, file in files.items()},
+        BucketPlan(**job.plan),
+        recipes,
+        precision=Precision(**job.precision),
+        store=store,
+        core=0,
+        machine=job.machine,
+    )
+    for recipe in recipes:
         artifact = store.find(recipe)
-        if artifact is not None:
-            loaded = LoadedGraph(artifact, recipe, core=0)
-            graph = load(file, recipe.graph)
-            graph.use(HostOperators())  # what artifacts are compared with is not computed as they are
-            verify(loaded, graph, artifact, recipe, precision, job.machine)
+        if artifact and not artifact.quarantined and not artifact.manifest["verification"]:
+            return {"error": backend.unavailable[recipe.graph, recipe.bucket]}
     return {}
 
 

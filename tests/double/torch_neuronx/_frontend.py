@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -26,10 +26,12 @@ class Perturbation:
         scale: of every product and convolution.
         sparse_kernels: whether convolutions with a kernel smaller than its dilation leave garbage in every other
             position of the output.
+        transposed_constants: whether a constant (T, C) that is added to what was permuted is read as (C, T).
     """
 
     scale: float
     sparse_kernels: bool
+    transposed_constants: bool
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def _run(func: Callable[..., Any], held: dict[str, Tensor], inputs: list[Tensor]
         metrics.clear_all()
         torch_xla._XLAC._set_allow_execution(False)
         try:
-            with _Watch(how):
+            with _Watch(how, copies.values()):
                 result = (
                     torch.func.functional_call(func, copies, arguments)
                     if isinstance(func, nn.Module)
@@ -182,9 +184,21 @@ class _Watch(TorchDispatchMode):
         _aten.baddbmm.default,
     )
 
-    def __init__(self, how: Perturbation) -> None:
+    # What makes another view of the same constant, and what permutes.
+    _VIEWS = (
+        _aten.view_copy.default,
+        _aten.expand_copy.default,
+        _aten.unsqueeze_copy.default,
+        _aten.alias_copy.default,
+    )
+    _PERMUTES = (_aten.permute_copy.default, _aten.transpose_copy.int)
+
+    def __init__(self, how: Perturbation, constants: Iterable[Tensor]) -> None:
         super().__init__()
         self._how = how
+        # By XLA's own numbers, because what operators are given are other objects.
+        self._constants = {_number(tensor) for tensor in constants}
+        self._permuted: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -201,7 +215,28 @@ class _Watch(TorchDispatchMode):
                 _, weight, _, _, _, dilation, transposed = args[:7]
                 sparse = any(size < step for size, step in zip(weight.shape[2:], dilation, strict=True))
                 result = _garbled(result) if sparse and not transposed else result
+        if self._how.transposed_constants:
+            result = self._follow(func, args, result)
         return result
+
+    def _follow(self, func: Any, args: Any, result: Any) -> Any:
+        """Keep track of what is constant and what was permuted; where they are added, add something else."""
+        if func in self._PERMUTES and _number(args[0]) not in self._constants:
+            self._permuted.add(_number(result))
+        elif func in self._VIEWS and _number(args[0]) in self._constants:
+            self._constants.add(_number(result))
+        elif func is _aten.add.Tensor and isinstance(args[1], Tensor):
+            for x, constant in (args[:2], args[1::-1]):
+                matrix = constant.dim() >= 2 and constant.shape[-2] > 1 and constant.shape[-1] > 1
+                if matrix and _number(x) in self._permuted and _number(constant) in self._constants:
+                    rows, columns = constant.shape[-2:]
+                    return x + constant.reshape(*constant.shape[:-2], columns, rows).transpose(-1, -2)
+        return result
+
+
+def _number(tensor: Tensor) -> int:
+    """By which XLA knows a tensor; 0 if it does not."""
+    return int(torch_xla._XLAC._xla_get_tensor_id(tensor)) if tensor.device.type == "xla" else 0
 
 
 def _garbled(result: Tensor) -> Tensor:

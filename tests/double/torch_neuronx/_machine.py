@@ -25,6 +25,9 @@ FAULTS = {
     "nan": "all floating-point outputs, aliased ones included, are NaN",
     "busy": "another process has the cores",
     "oom": "the device has no memory left",
+    "frozen": "what is written into states after they were loaded reaches nothing",
+    "once": "only the first write into a state is seen, and none after it",
+    "unaliased": "all outputs come to the host, those that are states too",
     "exec": "exec@K: the K-th execution, from 0, of all programs with that tag in this process fails",
 }
 

@@ -30,17 +30,38 @@ class _Program:
         self.weights = [_to_device(weight) for weight in weights]
 
 
+class _Kept:
+    """What a device holds of states where what is written into them is not always seen.
+
+    Args:
+        states: as they were loaded.
+    """
+
+    def __init__(self, states: list[Tensor]) -> None:
+        self.contents = [_to_device(state.cpu()) for state in states]
+        self.versions = [state._version for state in states]
+        self.written = False
+
+    def seen(self, states: list[Tensor], once: bool) -> list[Tensor]:
+        """What the next execution sees."""
+        if once and not self.written and self.versions != [state._version for state in states]:
+            self.contents = [_to_device(state.cpu()) for state in states]
+            self.written = True
+        return self.contents
+
+
 _lock = threading.Lock()
 _programs: dict[str, _Program] = {}
 _running: dict[int, object] = {}  # the call that is executing, of every instance with states
 _first_core: dict[int, int] = {}  # of the instances that are loaded
+_states: dict[int, _Kept] = {}  # of the instances whose writes are not all seen
 
 
 def reset() -> None:
     """Forget everything that happened in this process."""
     global context
     context = (-1, -1)
-    for store in (executions, _programs, _running, _first_core):
+    for store in (executions, _programs, _running, _first_core, _states):
         store.clear()
 
 
@@ -211,7 +232,7 @@ def execute(
             time.sleep(0)  # let another thread in, to be caught if it should have waited
             core = _load(parsed, placement)
             _count(parsed["tag"], core)
-            return _run(parsed, program, weights, states, inputs)
+            return _run(parsed, instance, program, weights, states, inputs)
     finally:
         if states:
             del _running[instance]
@@ -239,19 +260,36 @@ def _count(tag: str, core: int) -> None:
 
 
 def _run(
-    meta: dict[str, Any], program: Tensor, weights: list[Tensor], states: list[Tensor], inputs: list[Tensor]
+    meta: dict[str, Any],
+    instance: int,
+    program: Tensor,
+    weights: list[Tensor],
+    states: list[Tensor],
+    inputs: list[Tensor],
 ) -> list[Tensor]:
     loaded = _programs.get(meta["id"])
     if loaded is None:
         loaded = _programs[meta["id"]] = _Program(program, weights)
-    values = {"input": [tensor.to(torch_xla.device()) for tensor in inputs], "weight": loaded.weights, "state": states}
+    faults = _machine.faults(meta["tag"])
+    kept = None
+    if states and ("frozen" in faults or "once" in faults):
+        kept = _states.setdefault(instance, _Kept(states))
+    held = kept.seen(states, "once" in faults) if kept else states
+    values = {"input": [tensor.to(torch_xla.device()) for tensor in inputs], "weight": loaded.weights, "state": held}
     arguments = [values[kind][index] for kind, index in meta["parameters"]]
     results = torch_xla._XLAC._xla_user_computation("xla::neuron_double", arguments, loaded.computation)
-    if "nan" in _machine.faults(meta["tag"]):
+    if "nan" in faults:
         results = [torch.full_like(item, torch.nan) if item.is_floating_point() else item for item in results]
     torch_xla._XLAC._xla_sync_multi(results, [])
     aliases = dict(meta["aliases"])
     for output, state in aliases.items():
         states[state].copy_(results[output])
+        if kept:
+            kept.contents[state].copy_(results[output])
     torch_xla._XLAC._xla_sync_multi(states, [])
+    if kept:
+        torch_xla._XLAC._xla_sync_multi(kept.contents, [])
+        kept.versions = [state._version for state in states]
+    if "unaliased" in faults:
+        aliases = {}
     return [states[aliases[index]] if index in aliases else item.cpu() for index, item in enumerate(results)]
