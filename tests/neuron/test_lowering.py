@@ -148,6 +148,42 @@ def test_flops_and_bytes(graphs):
     assert lowering.flops == 2 * 80 * 4 * 6 * 16 // 8  # of 16 taps every eighth meets an input
 
 
+def test_products(graphs):
+    """The matrix products of two blocks of 64 channels and two heads, and of convolutions, a tap at a time."""
+    lowered = {
+        name: lower(name, bucket_name(bucket), module, inputs)
+        for name, bucket, module, inputs in on_device(graphs, replace(PLAN, slots=(3,)), ["latents", "decode"])
+    }
+    blocks, heads, channels, rows, length = 2, 2, 64, 3, 50
+    layers = [(channels, 3 * channels), (channels, channels), (channels, 4 * channels), (4 * channels, channels)]
+    assert {tuple(product) for product in lowered["latents"].products} == {
+        *((blocks, length, *layer) for layer in layers),
+        (blocks * heads, length, channels // heads, length),  # scores
+        (blocks * heads, length, length, channels // heads),  # values
+    }
+    assert {tuple(product) for product in lowered["decode"].products} == {
+        *((blocks, rows, *layer) for layer in layers),
+        (blocks * heads * rows, 1, channels // heads, 48),
+        (blocks * heads * rows, 1, 48, channels // heads),
+        (1, rows, channels, 1026),  # the head
+    }
+    convolution = lower_one(nn.Conv1d(6, 4, 3, dilation=2, padding=2), torch.randn(1, 6, 10))
+    assert convolution.products == [(3, 4, 6, 10)]
+    transposed = lower_one(nn.ConvTranspose1d(6, 4, 16, stride=8, padding=4), torch.randn(1, 6, 10))
+    assert transposed.products == [(16, 4, 6, 10)]
+
+
+def test_what_a_call_takes_and_gives(graphs):
+    ((name, bucket, module, inputs),) = on_device(graphs, replace(PLAN, slots=(3,)), ["decode"])
+    lowering = lower(name, bucket_name(bucket), module, inputs)
+    assert lowering.inputs == [4 * 3 * 64, 4 * 3, 4 * 3 * 48]  # embeddings, positions, mask
+    assert lowering.results == [4 * 3 * 64, 4 * 3 * 1026]  # latents, logits
+    assert lowering.states == [4 * 3 * 48 * 64] * 4
+    weights = sum(parameter.numel() for parameter in graphs["decode"].parameters())
+    moved = sum(lowering.inputs) + sum(lowering.results) + 2 * sum(lowering.states)
+    assert lowering.bytes - moved == pytest.approx(4 * weights, rel=0.01)  # and a few scalars
+
+
 class Module(nn.Module):
     def __init__(self, function):
         super().__init__()

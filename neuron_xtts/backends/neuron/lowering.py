@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import permutations
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,10 @@ class Lowering:
         unlowered: ``aten`` operators that the frontend ran on the host instead.
         disconnected: inputs and states that the program does not depend on.
         rejected: patterns that neuronx-cc is documented to reject or to compute wrongly.
+        products: matrix products of each size, as `Program.products` counts them: their number, rows, inner, columns.
+        inputs: bytes of each input of a call.
+        results: bytes of each result of a call, without the state.
+        states: bytes of each tensor of the state.
     """
 
     graph: str
@@ -45,6 +49,10 @@ class Lowering:
     unlowered: list[str]
     disconnected: list[str]
     rejected: list[str]
+    products: list[tuple[int, int, int, int]] = field(default_factory=list)
+    inputs: list[int] = field(default_factory=list)
+    results: list[int] = field(default_factory=list)
+    states: list[int] = field(default_factory=list)
 
     @property
     def problems(self) -> list[str]:
@@ -91,8 +99,23 @@ def lower(name: str, bucket: str, graph: nn.Module, inputs: Mapping[str, Tensor]
     if any(torch.isinf(scalar.cpu().double()).any() for scalar in scalars):
         rejected.append("infinity as an operand")
     return Lowering(
-        name, bucket, dict(program.operators()), program.flops(), program.bytes(), unlowered, disconnected, rejected
+        name,
+        bucket,
+        operators=dict(program.operators()),
+        flops=program.flops(),
+        bytes=program.bytes(),
+        unlowered=unlowered,
+        disconnected=disconnected,
+        rejected=rejected,
+        products=[(number, *product) for product, number in program.products().items()],
+        inputs=_sizes(inputs.values()),
+        results=_sizes(outputs[: len(outputs) - len(states)]),  # the state's new contents come last
+        states=_sizes(states.values()),
     )
+
+
+def _sizes(tensors: Iterable[Tensor]) -> list[int]:
+    return [tensor.numel() * tensor.element_size() for tensor in tensors]
 
 
 def frontend() -> Any:
@@ -110,6 +133,14 @@ def frontend() -> Any:
             f"torch-neuronx brings it; elsewhere: pip install torch-xla=={version}"
         ) from error
     return torch_xla
+
+
+class Product(NamedTuple):
+    """A product of two matrices, (rows, inner) and (inner, columns)."""
+
+    rows: int
+    inner: int
+    columns: int
 
 
 class Program:
@@ -136,21 +167,38 @@ class Program:
         return Counter(self.opcodes[name] for name in self._entry)
 
     def flops(self) -> int:
-        """Two for every multiply-add of dots and convolutions; zeros between dilated inputs are not counted."""
-        return sum(self._flops(name) for name in self._entry)
+        """Two for every multiply-add of dots and convolutions."""
+        return sum(2 * number * math.prod(product) for product, number in self.products().items())
 
-    def _flops(self, name: str) -> int:
-        if self.opcodes[name] not in ("dot", "convolution"):
-            return 0
-        output, (left, right) = _elements(self.types[name]), self._operands(name)[:2]
-        if self.opcodes[name] == "dot":
-            contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", self.rest[name])
-            shape = _shape(self.types[left])
-            return 2 * output * math.prod(shape[int(i)] for i in contracted[1].split(",") if i) if contracted else 0
-        features = re.search(r"dim_labels=\w+_(\w+)->", self.rest[name])
-        kernel = _shape(self.types[right])
-        per_output = math.prod(kernel) // kernel[features[1].index("o")] if features else 0
-        return 2 * output * per_output // math.prod(self._window(name, "lhs_dilate"))
+    def products(self) -> Counter[Product]:
+        """The matrix products of dots and convolutions, with their number.
+
+        A dot is one for every index of its batch. A convolution is one for every tap of its kernel, with a row for each
+        output channel and a column for each position that the tap meets: zeros between dilated inputs are not counted.
+        """
+        found: Counter[Product] = Counter()
+        for name in self._entry:
+            if self.opcodes[name] == "dot":
+                batch, product = self._dot(name)
+                found[product] += batch
+            elif self.opcodes[name] == "convolution":
+                taps, product = self._convolution(name)
+                found[product] += taps
+        return found
+
+    def _dot(self, name: str) -> tuple[int, Product]:
+        left, right = (_shape(self.types[operand]) for operand in self._operands(name)[:2])
+        batch, inner = (
+            math.prod(left[i] for i in self._dimensions(name, kind)) for kind in ("lhs_batch", "lhs_contracting")
+        )
+        return batch, Product(math.prod(left) // (batch * inner), inner, math.prod(right) // (batch * inner))
+
+    def _convolution(self, name: str) -> tuple[int, Product]:
+        kernel = _shape(self.types[self._operands(name)[1]])
+        labels = re.search(r"dim_labels=\w+_(\w+)->", self.rest[name])
+        outputs, inputs = (kernel[labels[1].index(label)] if labels else 1 for label in "oi")
+        columns = _elements(self.types[name]) // outputs // math.prod(self._window(name, "lhs_dilate"))
+        return math.prod(kernel) // (outputs * inputs), Product(outputs, inputs, columns)
 
     def bytes(self) -> int:
         """Bytes of the entry computation's parameters and results."""
@@ -218,6 +266,10 @@ class Program:
     def _operands(self, name: str) -> list[str]:
         arguments = self.rest[name].partition("), ")[0]
         return re.findall(r"%([\w.\-]+)", arguments)
+
+    def _dimensions(self, name: str, kind: str) -> list[int]:
+        found = re.search(rf"\b{kind}_dims=\{{([\d,]*)\}}", self.rest[name])
+        return [int(i) for i in found[1].split(",") if i] if found else []
 
     def _window(self, name: str, key: str) -> list[int]:
         found = re.search(rf"window=\{{[^}}]*\b{key}=([\dx]+)", self.rest[name])
