@@ -92,7 +92,8 @@ def compile(
     """Compile the graphs of a model for Neuron and put them into the store, from which `patch` loads them.
 
     It takes minutes for every graph that is not there yet, and needs no device. Each graph is compiled in a process of
-    its own: one that fails leaves the others alone.
+    its own: one that fails leaves the others alone. Before them a canary, a graph of two small layers, is compiled, and
+    run where there is a device: if it fails, no other is tried.
 
     Args:
         model: as for `patch`.
@@ -104,7 +105,7 @@ def compile(
         target: family of instances to compile for: ``"inf2"``, ``"trn1"``, ``"trn1n"`` or ``"trn2"``; by default this
             machine's.
         jobs: graphs compiled at a time; by default as many as memory and processors allow.
-        timeout: seconds for one graph; by default an hour.
+        timeout: seconds for one graph; by default an hour, for the canary ten minutes.
 
     Returns:
         what became of each graph. Failures are in it, they do not raise.
@@ -115,7 +116,6 @@ def compile(
         TypeError, UnsupportedVersionError, ValueError: as for `patch`.
     """
     from neuron_xtts.backends.neuron.compiler import CompileSummary, check_exact, compile_all
-    from neuron_xtts.backends.neuron.jobs import TIMEOUT
     from neuron_xtts.coqui.recognise import make_graphs
     from neuron_xtts.coqui.surface import Networks
 
@@ -130,7 +130,7 @@ def compile(
     graphs, summary.missing = make_graphs(Networks.of(xtts))
     check_exact(graphs)
     summary.store = options.store.root
-    summary.entries = compile_all(
+    summary.entries, summary.canary = compile_all(
         graphs,
         options.static_plan,
         options.recipes(graphs, summary.weights),
@@ -139,7 +139,7 @@ def compile(
         neuron=options.neuron,
         progress=progress,
         workers=jobs,
-        timeout=timeout or TIMEOUT,
+        timeout=timeout,
     )
     summary.seconds = time.monotonic() - start
     return summary

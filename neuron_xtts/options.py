@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TypedDict
 
 from neuron_xtts.backends import Backend
-from neuron_xtts.backends.neuron.device import TARGET_VARIABLE, TARGETS, Neuron, find_neuron
+from neuron_xtts.backends.neuron.device import TARGETS, Neuron, find_neuron
 from neuron_xtts.backends.neuron.store import Recipe, Store
 from neuron_xtts.buckets import BucketPlan
 from neuron_xtts.coqui.sample import Sample
@@ -158,13 +158,7 @@ def _neuron(backend: str, target: str | None, to_run: bool) -> Neuron | None:
     neuron = replace(neuron, target=target or neuron.target)
     packages = list(neuron.package_problems())
     problems = [*packages, *(neuron.device_problems() if to_run else neuron.compiler_problems())]
-    nameless = not problems and neuron.target is None
-    if nameless:
-        problems.append(
-            f"this machine ({neuron.instance or 'of unknown type'}) is no Neuron instance that is known, so the "
-            "compiler needs the name of one: compile(model, target='inf2'), neuron-xtts compile --target inf2, or "
-            f"{TARGET_VARIABLE}=inf2"
-        )
+    problems = problems or list(neuron.target_problems())
     if not problems:
         return neuron
     # With Neuron's packages here, compile() must not take what is wrong with them for a wish to stay on the host.

@@ -73,7 +73,8 @@ def _add_compile(subparsers: Subparsers) -> None:
         "compile",
         help="compile the graphs for Neuron",
         description="Compile the graphs of a model for Neuron and put them into the store, from which patch() loads "
-        "them. It takes minutes a graph, and needs Neuron's packages but no device. Exits with 1 if a graph failed.",
+        "them. It takes minutes a graph, and needs Neuron's packages but no device. A graph of two small layers, the "
+        "canary, comes first: if it fails, nothing else is tried. Exits with 1 if a graph failed.",
     )
     compiling.set_defaults(run=commands.run_compile)
     _add_plan(compiling)
@@ -251,11 +252,16 @@ def _add_graphs(subparsers: Subparsers) -> None:
 def _add_doctor(subparsers: Subparsers) -> None:
     doctor = subparsers.add_parser(
         "doctor",
-        help="print everything a bug report needs",
-        description="Print versions, hardware and store, with --checkpoint also which of its graphs are ready. Exits "
-        "with 1 if there are problems.",
+        help="say whether graphs compile and run here, and print everything a bug report needs",
+        description="Print versions, hardware and store, with --checkpoint also which of its graphs are ready; "
+        "problems with their remedy; and a verdict. Exits with 1 if there are problems.",
     )
     doctor.set_defaults(run=commands.run_doctor)
+    doctor.add_argument(
+        "--canary",
+        action="store_true",
+        help="try it: compile a graph of two small layers, and run it where there is a device",
+    )
     _add_model(doctor)
     _add_plan(doctor)
     _add_precision(doctor)

@@ -242,15 +242,18 @@ def _lowering_table(lowered: Sequence[Lowering]) -> str:
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
-    """Print what a bug report needs."""
+    """Print what a bug report needs, and a verdict."""
     options = _options_to_examine(arguments)
     model = None
     if arguments.checkpoint or arguments.small:
         model = load_or_make(arguments.checkpoint, arguments.small).synthesizer.tts_model
-    text, problems = examine(options.store, model, options)
-    print(text)
-    print("\nno problems found" if not problems else "\nproblems:\n" + "\n".join(f"* {p}" for p in problems))
-    return 1 if problems else 0
+    findings = examine(options, model, canary=arguments.canary)
+    print(findings.report)
+    print("\nproblems:" if findings.problems else "\nno problems found")
+    for problem in findings.problems:
+        print(f"* {problem}")
+    print(f"\n{findings.verdict}")
+    return 1 if findings.problems else 0
 
 
 def _options_to_examine(arguments: argparse.Namespace) -> Options:

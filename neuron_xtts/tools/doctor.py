@@ -1,4 +1,4 @@
-"""The doctor: everything a bug report needs, and the traps that users of Neuron and coqui-tts fall into, by name."""
+"""The doctor: everything a bug report needs, the traps that users of Neuron and coqui-tts fall into, and a verdict."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from neuron_xtts.backends.neuron.canary import Trial, try_canary
 from neuron_xtts.backends.neuron.device import (
     NATIVE,
     OLDEST,
@@ -41,30 +45,79 @@ _VARIABLES = (
 )
 
 
-def examine(store: Store, model: Xtts | None = None, options: Options | None = None) -> tuple[str, list[str]]:
+class Findings(NamedTuple):
+    """What the doctor found.
+
+    Attributes:
+        report: what a bug report needs, as text.
+        problems: each with its remedy.
+        verdict: what they come to, in a few sentences. It claims nothing that was not tried.
+    """
+
+    report: str
+    problems: list[str]
+    verdict: str
+
+
+def examine(options: Options, model: Xtts | None = None, *, canary: bool = False) -> Findings:
     """Look at everything that decides how this library works here.
 
     Args:
-        store: the store to look into.
+        options: of the compilation whose graphs to look for, and whose store.
         model: an ``Xtts`` whose graphs to look for; None for none.
-        options: the options of the patch that would load those graphs.
-
-    Returns:
-        what a bug report needs, as text, and the problems found, with their remedy.
+        canary: compile a small graph, and run it, if Neuron is there.
     """
-    neuron = find_neuron()
-    problems = [*_version_problems(), *_traps()]
+    neuron = options.neuron or find_neuron()
+    trial = None
+    if canary and options.neuron:
+        with tempfile.TemporaryDirectory() as scratch:
+            trial = try_canary(Path(scratch), options.store, precision=options.precision, neuron=options.neuron)
+    unready = [*_version_problems(), *_traps()]
+    unfit = list(neuron.device_problems()) if neuron.there else []
     if neuron.there:
-        problems += [*neuron.package_problems(), *neuron.compiler_problems(), *neuron.device_problems()]
+        unready += [*neuron.package_problems(), *neuron.compiler_problems()] or neuron.target_problems()
+    if trial and trial.failure:
+        unready.append(f"a graph of two small layers {trial.failure.what}: {trial.failure.remedy}")
     sections = [
         f"neuron_xtts {__version__}, Python {platform.python_version()}, {platform.platform()}",
         table(("package", "installed", "supported"), list(_packages(neuron))),
         table(("Neuron", ""), list(_hardware(neuron))),
-        table(("store", ""), list(_store(store))),
+        table(("store", ""), list(_store(options.store))),
     ]
-    if model is not None and options is not None and options.neuron is not None:
+    if model is not None and options.neuron is not None:
         sections.append(table(("graph", "bucket", "state"), list(_graphs(model, options))))
-    return "\n\n".join(sections), problems
+    if trial:
+        sections.append(str(trial))
+    return Findings("\n\n".join(sections), [*unready, *unfit], _verdict(neuron, unready, unfit, trial))
+
+
+def _verdict(neuron: Neuron, unready: Sequence[str], unfit: Sequence[str], trial: Trial | None) -> str:
+    """What was found comes to.
+
+    Args:
+        neuron: what there is of Neuron.
+        unready: what has to be mended first.
+        unfit: what keeps graphs from running on this machine.
+        trial: what became of the canary; None if it was not tried.
+    """
+    if unready:
+        more = f" And {len(unready) - 1} more: see the problems above." if len(unready) > 1 else ""
+        return f"Not ready: {unready[0]}.{more}"
+    if not neuron.there:
+        return "Nothing of Neuron is here; patch() runs graphs on the host."
+    if trial is None:
+        if unfit:
+            known, untried = f"Graphs cannot be run here: {unfit[0]}.", "can be compiled"
+        else:
+            known, untried = "Nothing is known to be wrong.", "compile and run here"
+        return f"{known} Whether graphs {untried} was not tried; neuron-xtts doctor --canary tries it."
+    if trial.obstacle:
+        done = "Graphs can be compiled here, but not run" if trial.compiled else "Compiling could not be tried"
+        return f"{done}: {trial.obstacle}."
+    return (
+        f"Ready: a small graph was compiled for {neuron.target}, ran on one of the {neuron.cores} NeuronCores that "
+        "this process may use, and computed what the host does."
+    )
 
 
 def _packages(neuron: Neuron) -> Iterator[tuple[str, ...]]:

@@ -2,8 +2,11 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -18,11 +21,14 @@ from filelock import FileLock
 
 import neuron_xtts
 from neuron_xtts import BucketPlan
+from neuron_xtts.backends.neuron import canary as canary_module
 from neuron_xtts.backends.neuron import compiler, device, jobs
+from neuron_xtts.backends.neuron.canary import Trial, try_canary
 from neuron_xtts.backends.neuron.jobs import JobError, Jobs, MemoryLimit
 from neuron_xtts.backends.neuron.store import MODEL, Store
 from neuron_xtts.coqui.recognise import make_graphs
 from neuron_xtts.coqui.surface import Networks
+from neuron_xtts.graphs.catalogue import GRAPHS
 from neuron_xtts.graphs.operators import Graph
 from neuron_xtts.graphs.vocoder import fill_small_kernels, fold_weight_norm
 from neuron_xtts.tools.cli import main
@@ -41,11 +47,13 @@ def graphs(tts_original):
 
 
 def test_a_complete_store(tts, neuron, compiled, small_plan, monkeypatch):
-    """Nothing is started; the time goes into reading the weights."""
+    """Nothing is started, not even the canary; the time goes into reading the weights."""
     monkeypatch.setattr(compiler, "Jobs", None)
+    monkeypatch.setattr(compiler, "try_canary", None)
     summary = neuron_xtts.compile(tts, store=compiled, buckets=small_plan)
     assert {entry.status for entry in summary.entries} == {"found"}
     assert summary.ok
+    assert summary.canary is None
     read = sum(parameter.numel() for parameter in tts.synthesizer.tts_model.gpt.gpt.parameters())
     assert summary.weights.bytes_read > 4 * read
     assert f"{summary.weights.bytes_read / 1e6:.0f} MB of weights read in" in str(summary)
@@ -64,6 +72,149 @@ def test_what_is_in_the_store(compiled):
         assert manifest["seconds"] > 0
         assert {path.name for path in artifact.folder.iterdir()} == {MODEL, "manifest.json", "compiler.log"}
     assert list(Store(compiled).leftovers()) == []
+
+
+@pytest.mark.slow
+def test_the_canary_goes_first_and_alone(tts, neuron, tmp_path, monkeypatch):
+    """It runs on the device before the first job of another graph begins."""
+    jobs_so_far, run = [], Jobs.run
+
+    def noted(self, mode, graph, *args, **options):
+        jobs_so_far.append(f"{mode} {graph}")
+        result = run(self, mode, graph, *args, **options)
+        jobs_so_far.append(f"end of {mode} {graph}")
+        return result
+
+    monkeypatch.setattr(Jobs, "run", noted)
+    summary = neuron_xtts.compile(tts, store=tmp_path, buckets=vocoders(64), progress=False)
+    assert summary.ok, summary
+    assert summary.canary == Trial(compiled=True)
+    assert "The canary" not in str(summary)
+    order = [f"{mode} {graph}" for graph, modes in JOBS.items() for mode in modes]
+    assert jobs_so_far == [line for job in order for line in (job, f"end of {job}")]
+    assert [artifact.manifest["recipe"]["graph"] for artifact in Store(tmp_path)] == ["vocoder"]
+    assert list(Store(tmp_path).leftovers()) == []
+    # A canary that fails keeps back what is not there yet, and nothing else.
+    monkeypatch.setenv("NEURON_DOUBLE_FAULT", "crash:canary")
+    summary = neuron_xtts.compile(tts, store=tmp_path, buckets=vocoders(64, 65), progress=False)
+    entries = [(entry.status, entry.reason) for entry in summary.entries]
+    assert entries == [("found", None), ("failed", "not tried, because the canary failed")]
+    assert "does not compile (compile: died of SIGABRT)" in summary.canary.failure.what
+    assert "Fatal Python error: Aborted" in summary.canary.failure.log.read_text()
+
+
+JOBS = {"canary": ("compile", "verify"), "vocoder": ("lower", "compile", "verify")}
+
+
+@pytest.mark.slow
+def test_a_canary_that_fails_keeps_everything_back(tts, neuron, tmp_path, monkeypatch, capsys):
+    """What no check of ours knows of, such as a compiler that is broken as it is reported to be."""
+    monkeypatch.setenv("NEURON_DOUBLE_FAULT", "islpy:canary")
+    monkeypatch.setattr(compiler, "Jobs", None)  # nothing else is begun
+    store = tmp_path / "store"
+    assert small(["compile", "--small"], store) == 1
+    text = capsys.readouterr().out
+    plan = BucketPlan.static()
+    rows = re.findall(r"^\w+ +[\dx]+ +failed", text, re.MULTILINE)
+    assert len(rows) == sum(len(plan.buckets(graph)) for graph in GRAPHS) > 10
+    said = (
+        "The canary, a graph of two small layers, does not compile (compile: RuntimeError: neuronx-cc failed with 70)"
+    )
+    assert text.count(said) == text.count("canary, ") == text.count("No other graph was tried.") == 1
+    assert "  | ERROR: [NCC_ISMP902] Simplifier error: is_subset()" in text
+    assert f"torch {torch.__version__}, torch-neuronx 2.9.0.2.15.32035, neuronx-cc 2.26.6360.0, " in text
+    assert f"libneuronxla 2.2.17544.0, islpy not installed, Python {platform.python_version()}" in text
+    assert "remedy: pip install islpy==2026.1\n" in text
+    (log,) = re.findall(r"^log: (.*)$", text, re.MULTILINE)
+    assert Path(log).is_relative_to(store)
+    assert "[NCC_ISMP902]" in Path(log).read_text()
+    assert list(Store(store)) == list(Store(store).leftovers()) == []
+
+
+@pytest.fixture
+def canary(neuron, tmp_path):
+    """Tries the canary."""
+
+    def run(precision="fp32", target="inf2", **options):
+        (tmp_path / "scratch").mkdir()
+        found = dataclasses.replace(device.find_neuron(), target=target)
+        chosen = neuron_xtts.Precision(precision, {"decode": "--nonsense"})  # which is another graph
+        return try_canary(tmp_path / "scratch", Store(tmp_path), precision=chosen, neuron=found, **options)
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("miscompile", "compiles and runs, but not as on the host (wrong results: error 1"),
+        ("oom", "compiles, but does not run (verify: RuntimeError: Failed to allocate "),
+    ],
+)
+def test_a_canary_that_fails_on_the_device(canary, monkeypatch, fault, says):
+    monkeypatch.setenv("NEURON_DOUBLE_FAULT", f"{fault}:canary")
+    trial = canary()
+    assert trial.compiled
+    assert says in trial.failure.what
+    assert trial.failure.remedy == "please report it, with the log and what neuron-xtts doctor prints"
+    assert trial.failure.log.is_file()
+
+
+@pytest.mark.slow
+def test_a_canary_for_other_machines(canary, monkeypatch):
+    """With the compiler's arguments of decoding there; and nobody's draws change for it."""
+    given, compile_artifact = [], canary_module.compile_artifact
+
+    def noted(jobs, recipe, store):
+        given.append(recipe.arguments)
+        return compile_artifact(jobs, recipe, store)
+
+    monkeypatch.setattr(canary_module, "compile_artifact", noted)
+    before = torch.get_rng_state()
+    trial = canary("bf16", target="trn2")
+    assert trial == Trial(True, "it is compiled for trn2, and this machine is an inf2.xlarge")
+    assert given == [neuron_xtts.Precision("bf16").compiler_arguments("decode", "trn2", "2.26.6360.0")]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.slow
+def test_a_runtime_without_a_device(canary, tmp_path, monkeypatch):
+    """The device file is there, and the runtime does not start."""
+    monkeypatch.setenv("NEURON_DOUBLE_ROOT", str(tmp_path / "nothing"))
+    trial = canary()
+    assert trial == Trial(True, "Neuron's runtime finds no device that it can use; dmesg and neuron-ls may say why")
+
+
+@pytest.mark.slow
+def test_cores_that_a_compiler_wants(canary, tmp_path, monkeypatch):
+    """If torch_neuronx takes one to compile with, which is not documented, graphs have their own attempt."""
+    monkeypatch.setenv("NEURON_DOUBLE_FAULT", "alone")
+    monkeypatch.setenv("NEURON_DOUBLE_ALONE", str(tmp_path / "alone"))
+    with (tmp_path / "alone").open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        trial = canary()
+    assert (trial.compiled, trial.failure) == (False, None)
+    assert trial.obstacle.startswith("another process has the NeuronCores; end it")
+
+
+@pytest.mark.slow
+def test_a_compiler_that_hangs(canary, tmp_path, monkeypatch):
+    """A store that cannot be written keeps no log, and stops nothing."""
+    monkeypatch.setenv("NEURON_DOUBLE_FAULT", "hang:canary")
+    (tmp_path / "logs").touch()
+    trial = canary(timeout=2)
+    assert "does not compile (compile: stopped after 2 s" in trial.failure.what
+    assert trial.failure.log is None
+    assert "log: " not in str(trial)
+
+
+@pytest.mark.slow
+def test_versions_that_go_together_are_the_remedy(canary, tmp_path, monkeypatch):
+    neuron_double.install(tmp_path / "site", neuronx_cc="2.25.3371.0")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("NEURON_DOUBLE_FAULT", "fail:canary")
+    assert canary().failure.remedy == device.INSTALL
 
 
 @pytest.mark.slow
@@ -134,6 +285,7 @@ def test_a_miscompiled_graph_is_quarantined(tts, neuron, tmp_path, monkeypatch, 
     monkeypatch.delenv("NEURON_DOUBLE_FAULT")
     again = neuron_xtts.compile(tts, store=tmp_path, buckets=vocoders(64), progress=False)
     assert again.entries[0].status == "quarantined"  # not made again: it would be the same
+    assert again.canary is None
     assert "neuron-xtts graphs --prune removes it" in again.entries[0].reason
     neuron_xtts.patch(tts, store=tmp_path, buckets=vocoders(64))
     assert neuron_xtts.report(tts).missing == {"vocoder 64": entry.reason}
@@ -182,10 +334,12 @@ class Interpolating(Graph):
 
 @pytest.mark.slow
 def test_a_device_that_is_busy_after_compiling(tts, neuron, tmp_path, monkeypatch):
-    """Verification waits for the first load."""
+    """Verification waits for the first load. The compiler is not to blame, so that the canary keeps nothing back."""
     monkeypatch.setenv("NEURON_DOUBLE_FAULT", "busy")
     summary = neuron_xtts.compile(tts, store=tmp_path, buckets=vocoders(64), progress=False)
     assert summary.ok
+    assert (summary.canary.compiled, summary.canary.failure) == (True, None)
+    assert "The canary, a graph of two small layers, was compiled, but not run: another process has" in str(summary)
     assert summary.entries[0].reason.startswith("not verified yet, patch() will: verify: RuntimeError")
     monkeypatch.delenv("NEURON_DOUBLE_FAULT")
     neuron_xtts.patch(tts, store=tmp_path, buckets=vocoders(64))
@@ -203,6 +357,7 @@ def test_a_build_machine(tts, neuron_root, tmp_path, monkeypatch):
     store = tmp_path / "store"
     summary = neuron_xtts.compile(tts, target="inf2", store=store, buckets=vocoders(64), progress=False)
     assert summary.ok, summary
+    assert "was compiled, but not run: Neuron's driver is not loaded" in str(summary.canary)
     (artifact,) = Store(store)
     assert artifact.manifest["verification"] is None
     monkeypatch.setattr(device, "ROOT", neuron_root / "root")
@@ -278,7 +433,7 @@ def test_a_killed_process_leaves_nothing_half_made(neuron_root, tmp_path, capsys
     """Its worker ends with it, its lock is free, and what it left can be pruned."""
     store, site = tmp_path / "store", neuron_root / "site"
     command = [sys.executable, "-c", CONCURRENT, str(tmp_path / "no-root"), str(tmp_path / "model"), str(store)]
-    environment = neuron_double.environment(site, NEURON_DOUBLE_FAULT="hang")
+    environment = neuron_double.environment(site, NEURON_DOUBLE_FAULT="hang:vocoder")
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     wait_for(lambda: list(store.glob("scratch/*/*-compile/job.json")) and workers(store))
     process.kill()
@@ -352,6 +507,7 @@ def test_a_full_disk(tts, neuron, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(compiler, "_make", full)
+    monkeypatch.setattr(compiler, "try_canary", lambda *_, **__: Trial(compiled=True))
     summary = neuron_xtts.compile(tts, store=tmp_path, buckets=vocoders(64, 65), progress=False)
     assert [entry.reason for entry in summary.entries] == ["[Errno 28] No space left on device"] * 2
     with all_locks(tmp_path) as locks:
@@ -408,6 +564,7 @@ def test_commands(neuron, compiled, tmp_path, capsys):
     assert out.count("ready") == 7
     assert "inf2.xlarge" in out
     assert "no problems found" in out
+    assert "Whether graphs compile and run here was not tried" in out
     assert small(["doctor", "--small"], store, "--sizes=decode=99") == 0
     assert "1x99    not compiled" in capsys.readouterr().out
 
@@ -440,8 +597,11 @@ def test_commands_without_neuron(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(device, "ROOT", tmp_path)
     assert small(["compile", "--small"], tmp_path) == 1
     assert "torch-neuronx is not installed" in capsys.readouterr().err
-    assert small(["doctor"], tmp_path) == 0
-    assert "nothing of Neuron is here" in capsys.readouterr().out
+    for options in ([], ["--canary"]):
+        assert small(["doctor", *options], tmp_path) == 0
+        out = capsys.readouterr().out
+        assert "nothing of Neuron is here" in out
+        assert out.endswith("\n\nNothing of Neuron is here; patch() runs graphs on the host.\n")
 
 
 def test_the_traps_that_doctor_names(tmp_path, monkeypatch, capsys):
@@ -458,4 +618,5 @@ def test_the_traps_that_doctor_names(tmp_path, monkeypatch, capsys):
     assert "cannot import name 'isin_mps_friendly'" in out
     assert "six is not installed, which coqui-tts imports without saying so: pip install six" in out
     assert "torch-neuronx 1.0 is the empty package of that name on PyPI" in out
+    assert "\n\nNot ready: coqui-tts 0.27.3 does not work with transformers 5.1.0 " in out
     neuron_double.forget()

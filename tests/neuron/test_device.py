@@ -14,6 +14,7 @@ import neuron_xtts
 from neuron_xtts import NeuronMissingError, Precision
 from neuron_xtts.backends.neuron import device
 from neuron_xtts.precision import NEURON_PRECISIONS, has_small_kernel_defect
+from neuron_xtts.tools.cli import main
 
 
 @pytest.fixture
@@ -221,6 +222,105 @@ def test_the_host_needs_no_compilation(host, xtts):
     assert str(summary) == "The host backend needs no compilation."
     with pytest.raises(NeuronMissingError, match="torch-neuronx is not installed"):
         neuron_xtts.compile(xtts, backend="neuron")
+
+
+@pytest.fixture
+def doctor(host, capsys, monkeypatch):
+    """The doctor's exit status, what it prints, and its verdict, which ends that."""
+    pytest.importorskip("torch_xla")  # which torch-neuronx brings
+    monkeypatch.setenv("NEURON_DOUBLE_ROOT", str(host / "root"))
+
+    def ask(*options):
+        status = main(["doctor", "--store", str(host / "store"), *options])
+        out = capsys.readouterr().out
+        return status, out, out.rpartition("\n\n")[2]
+
+    return ask
+
+
+UNTRIED = "was not tried; neuron-xtts doctor --canary tries it.\n"
+
+
+def test_a_verdict_without_the_canary(host, doctor):
+    """It claims nothing that was not tried, and says how to try it."""
+    neuron_double.install(host / "site")
+    neuron_double.machine(host / "root")
+    status, out, verdict = doctor()
+    assert (status, verdict) == (0, f"Nothing is known to be wrong. Whether graphs compile and run here {UNTRIED}")
+    assert "no problems found" in out
+    neuron_double.machine(host / "root", driver=False)
+    status, _, verdict = doctor()
+    assert status == 1
+    assert verdict.startswith("Graphs cannot be run here: Neuron's driver is not loaded ")
+    assert verdict.endswith(f". Whether graphs can be compiled {UNTRIED}")
+
+
+def test_verdicts_of_what_is_known_to_fail(host, doctor):
+    """With the remedy; there is no use in the canary then."""
+    neuron_double.machine(host / "root")
+    neuron_double.install(host / "site", neuronx_cc="2.27.5334.0", islpy="2026.2.1")
+    status, out, verdict = doctor("--canary")
+    assert status == 1
+    assert verdict.startswith("Not ready: neuronx-cc 2.27.5334.0 fails with islpy 2026.2.1 ")
+    assert verdict.endswith(": pip install islpy==2026.1.\n")
+    assert "The canary" not in out
+    neuron_double.install(host / "site", torch_neuronx="1.0", neuronx_cc="1.0.post1")
+    _, _, verdict = doctor("--canary")
+    assert verdict.startswith("Not ready: torch-neuronx 1.0 is the empty package of that name on PyPI")
+    assert verdict.endswith(" And 1 more: see the problems above.\n")
+    neuron_double.install(host / "site")
+    neuron_double.machine(host / "root", instance="")
+    status, _, verdict = doctor("--canary")
+    assert status == 1
+    assert verdict.startswith("Not ready: this machine (of unknown type) is no Neuron instance that is known, so the ")
+    assert verdict.endswith("NEURON_PLATFORM_TARGET_OVERRIDE=inf2.\n")
+
+
+@pytest.mark.slow
+def test_ready(host, doctor):
+    neuron_double.install(host / "site")
+    neuron_double.machine(host / "root")
+    status, out, verdict = doctor("--canary")
+    assert status == 0
+    assert verdict == (
+        "Ready: a small graph was compiled for inf2, ran on one of the 2 NeuronCores that this process may use, and "
+        "computed what the host does.\n"
+    )
+    assert "The canary, a graph of two small layers, was compiled, ran, and computed what the host does.\n" in out
+    assert not (host / "store").exists()
+
+
+@pytest.mark.slow
+def test_ready_to_compile(host, doctor):
+    """A build machine."""
+    neuron_double.install(host / "site")
+    neuron_double.machine(host / "root", instance="c6i.4xlarge", driver=False)
+    status, _, verdict = doctor("--canary", "--target", "inf2")
+    assert status == 1
+    assert verdict.startswith("Graphs can be compiled here, but not run: Neuron's driver is not loaded ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "found", "says"),
+    [
+        ("busy", 0, "Graphs can be compiled here, but not run: another process has the NeuronCores; end it, or give "
+         "each process cores of its own with NEURON_RT_VISIBLE_CORES."),
+        ("islpy", 1, "Not ready: a graph of two small layers does not compile (compile: RuntimeError: neuronx-cc "
+         "failed with 70): pip install islpy==2026.1."),
+        ("nan", 1, "Not ready: a graph of two small layers compiles and runs, but not as on the host (wrong results: "
+         "error inf and correlation 0.00000 against the host, where 5.0e-03 and 0.9999 are the limits): please report "
+         "it, with the log and what neuron-xtts doctor prints."),
+    ],
+)  # fmt: skip
+def test_verdicts_of_the_canary(host, doctor, monkeypatch, fault, found, says):
+    neuron_double.install(host / "site")
+    neuron_double.machine(host / "root")
+    monkeypatch.setenv("NEURON_DOUBLE_FAULT", f"{fault}:canary")
+    status, out, verdict = doctor("--canary")
+    assert (status, verdict) == (found, f"{says}\n")
+    logs = [line.removeprefix("log: ") for line in out.splitlines() if line.startswith("log: ")]
+    assert [Path(log).is_file() for log in logs] == [True] * found
 
 
 ARGUMENTS = {

@@ -815,15 +815,17 @@ def test_other_family(neuron):
 # Faults
 
 
-@pytest.mark.parametrize(("name", "status"), [("fail", 70), ("killed", -9)])
-def test_compiler_fails(neuron, fault, capsys, name, status):
+@pytest.mark.parametrize(("name", "status", "lines"), [("fail", 70, 3), ("islpy", 70, 1), ("killed", -9, 0)])
+def test_compiler_fails(neuron, fault, capsys, name, status, lines):
     fault(f"{name}:vocoder")
     compiled(neuron, Double(), torch.ones(2), compiler_workdir="work/prefill-8")
     compiled(neuron, Double(), torch.ones(2))
     assert capsys.readouterr().err == ""
     with pytest.raises(RuntimeError, match=f"neuronx-cc failed with {status}$"):
         compiled(neuron, Double(), torch.ones(2), compiler_workdir="work/vocoder-8/")
-    assert len(capsys.readouterr().err.splitlines()) == (3 if name == "fail" else 0)
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == lines
+    assert ("[NCC_ISMP902] Simplifier error: is_subset()" in said) == (name == "islpy")
 
 
 def test_compiler_hangs(neuron, fault, monkeypatch):

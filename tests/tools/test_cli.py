@@ -378,6 +378,13 @@ def test_the_package_is_the_command(arguments, status):
         assert done.stdout.strip() == neuron_xtts.__version__
 
 
+def test_the_doctor_says_how_to_try_it(capsys):
+    with pytest.raises(SystemExit):
+        main(["doctor", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--canary try it: compile a graph of two small layers, and run it where there is a device" in out
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])

@@ -28,7 +28,7 @@ from neuron_xtts.coqui.weights import Digester, stamp, tensors_of
 from neuron_xtts.errors import ArtifactError, Fallback, describe
 from neuron_xtts.graphs.operators import Graph
 from neuron_xtts.graphs.transformer import Decode, KeysAndValues, arrange
-from neuron_xtts.precision import Precision
+from neuron_xtts.precision import Precision, Tolerance
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class NeuronBackend:
         if artifact.manifest["verification"]:
             loaded.warm_up(graph)
         else:
-            reason = verify(loaded, graph, precision, machine)
+            reason = verify(loaded, graph, precision.tolerance(recipe.graph, recipe.target), machine)
             if reason:
                 raise ArtifactError(reason)
         return loaded
@@ -301,16 +301,14 @@ class LoadedGraph:
         self(*graph.example(*self.recipe.sizes).values())
 
 
-def verify(loaded: LoadedGraph, graph: Graph, precision: Precision, machine: str | None) -> str | None:
+def verify(loaded: LoadedGraph, graph: Graph, tolerance: Tolerance, machine: str | None) -> str | None:
     """Compare an artifact with the host and note the result in its manifest; returns the reason if it is wrong."""
-    recipe, artifact = loaded.recipe, loaded.artifact
-    tolerance = precision.tolerance(recipe.graph, recipe.target)
-    found = list(deviations(loaded, graph, recipe.sizes))
+    found = list(deviations(loaded, graph, loaded.recipe.sizes))
     reason = next(filter(None, (each.beyond(tolerance) for each in found)), None)
     error, pcc = max(each.error for each in found), min(each.pcc for each in found)
     when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     note = {"error": error if math.isfinite(error) else str(error), "pcc": pcc, "machine": machine, "when": when}
-    artifact.record(verification=note, quarantined=reason)
+    loaded.artifact.record(verification=note, quarantined=reason)
     return reason
 
 

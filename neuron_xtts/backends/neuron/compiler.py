@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
@@ -17,20 +15,25 @@ import torch
 from filelock import Timeout
 from tqdm import tqdm
 
+from neuron_xtts.backends.neuron.artifacts import NOT_AVAILABLE, compile_artifact, keep_log, verify_plan
+from neuron_xtts.backends.neuron.canary import Trial, try_canary
 from neuron_xtts.backends.neuron.device import TARGET_VARIABLE, Neuron
 from neuron_xtts.backends.neuron.jobs import TIMEOUT, JobError, Jobs
 from neuron_xtts.backends.neuron.lowering import Lowering
 from neuron_xtts.backends.neuron.source import source_digest
-from neuron_xtts.backends.neuron.store import LOG, MODEL, Artifact, Recipe, Store
+from neuron_xtts.backends.neuron.store import Artifact, Recipe, Store
 from neuron_xtts.buckets import Bucket, BucketPlan, bucket_name
 from neuron_xtts.coqui.weights import Digester, tensors_of
 from neuron_xtts.errors import ModelNotReadyError
 from neuron_xtts.graphs.operators import Graph, states_of
 from neuron_xtts.precision import Precision, has_small_kernel_defect
 from neuron_xtts.tables import table
-from neuron_xtts.version import __version__
 
 logger = logging.getLogger(__name__)
+
+
+# Why a graph failed that was not tried; what is wrong with the canary is said once.
+_UNTRIED = "not tried, because the canary failed"
 
 
 @dataclass
@@ -64,6 +67,7 @@ class CompileSummary:
         entries: one for each graph and bucket.
         missing: graphs that cannot be had for this model, with the reason.
         store: the folder of the artifacts; None where nothing needs to be compiled.
+        canary: what became of the canary, without which nothing else is compiled; None where all was found.
         weights: how much was read to identify the weights, and how fast.
         seconds: all of it.
     """
@@ -71,6 +75,7 @@ class CompileSummary:
     entries: list[Entry] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
     store: Path | None = None
+    canary: Trial | None = None
     weights: Digester = field(default_factory=Digester)
     seconds: float = 0.0
 
@@ -89,11 +94,16 @@ class CompileSummary:
         failures = [
             f"{e.graph} {bucket_name(e.bucket)}: {e.reason}" + (f"\nlog: {e.log}" if e.log else "")
             for e in self.entries
-            if e.reason
+            if e.reason and e.reason != _UNTRIED
         ]
+        canary = []
+        if self.canary and self.canary.failure:
+            canary = [f"{self.canary}\nNo other graph was tried."]
+        elif self.canary and self.canary.obstacle:
+            canary = [str(self.canary)]
         missing = [f"no {graph} graph: {reason}" for graph, reason in self.missing.items()]
         head = f"{self.store}, in {self.seconds:.1f} s; {self.weights}"
-        return "\n\n".join([table(("graph", "bucket", "", "took", "size"), rows), *failures, *missing, head])
+        return "\n\n".join([table(("graph", "bucket", "", "took", "size"), rows), *canary, *failures, *missing, head])
 
 
 def make_recipes(
@@ -183,10 +193,6 @@ def _lower(jobs: Jobs, graph: str, bucket: Bucket, environment: Mapping[str, str
     return Lowering(**jobs.run("lower", graph, bucket, environment).data)
 
 
-# What the runtime says where another process has the cores. Compiling needs none; whether torch_neuronx takes one all
-# the same is not documented.
-_NOT_AVAILABLE = "Core(s) not available"
-
 # The frontend's own CPU device: lowering must not need, or take, a NeuronCore.
 _ON_HOST = {"PJRT_DEVICE": "CPU"}
 
@@ -201,9 +207,9 @@ def compile_all(
     neuron: Neuron,
     progress: bool,
     workers: int | None = None,
-    timeout: float = TIMEOUT,
-) -> list[Entry]:
-    """Make the artifacts that the store lacks.
+    timeout: float | None = None,
+) -> tuple[list[Entry], Trial | None]:
+    """Make the artifacts that the store lacks, if the canary is well.
 
     Args:
         graphs: by name, as `make_graphs` makes them.
@@ -214,14 +220,20 @@ def compile_all(
         neuron: what there is of Neuron.
         progress: show a bar.
         workers: processes at a time; None for as many as memory and processors allow.
-        timeout: seconds for one graph.
+        timeout: seconds for one graph; None for an hour, for the canary ten minutes.
+
+    Returns:
+        what became of each, and of the canary; None if nothing was to be made.
     """
     entries = {recipe.name: _found(recipe, store) for recipe in recipes}
     wanted = [recipe for recipe in recipes if entries[recipe.name] is None]
     made: dict[str, Entry] = {}
-    if wanted:
+    trial = _try_canary(store, precision, neuron, progress, timeout) if wanted else None
+    if trial and trial.failure:
+        made = {recipe.name: Entry(recipe.graph, recipe.bucket, "failed", reason=_UNTRIED) for recipe in wanted}
+    elif wanted:
         fill = has_small_kernel_defect(neuron.versions["neuronx-cc"])
-        limits: dict[str, Any] = {"workers": workers, "timeout": timeout}
+        limits: dict[str, Any] = {"workers": workers, "timeout": timeout or TIMEOUT}
         rounded = list(filter(precision.rounds, graphs))
         with store.scratch() as scratch, Jobs(scratch, graphs, **limits, fill=fill, rounded=rounded) as jobs:
             made = _compile_each(jobs, wanted, store, progress)
@@ -230,7 +242,14 @@ def compile_all(
                 problem = _verify(jobs, plan, recipes, store, precision, neuron)
                 made |= {recipe.name: _verified(made[recipe.name], store.find(recipe), problem) for recipe in new}
                 entries = {recipe.name: entries[recipe.name] and _found(recipe, store) for recipe in recipes}
-    return [entries[recipe.name] or made[recipe.name] for recipe in recipes]
+    return [entries[recipe.name] or made[recipe.name] for recipe in recipes], trial
+
+
+def _try_canary(store: Store, precision: Precision, neuron: Neuron, progress: bool, timeout: float | None) -> Trial:
+    with store.scratch() as scratch, tqdm(total=1, desc="canary", unit="graph", disable=not progress) as bar:
+        trial = try_canary(scratch, store, precision=precision, neuron=neuron, timeout=timeout)
+        bar.update()
+    return trial
 
 
 def _compile_each(jobs: Jobs, recipes: Sequence[Recipe], store: Store, progress: bool) -> dict[str, Entry]:
@@ -246,7 +265,7 @@ def _compile_each(jobs: Jobs, recipes: Sequence[Recipe], store: Store, progress:
             bar.update()
     for recipe in ordered:  # those that found the cores taken, maybe by each other, once more, one after another
         reason = made[recipe.name].reason or ""
-        if _NOT_AVAILABLE in reason and not reason.startswith("compile: stopped"):
+        if NOT_AVAILABLE in reason and not reason.startswith("compile: stopped"):
             made[recipe.name] = _compile(jobs, recipe, store)
     return made
 
@@ -271,7 +290,9 @@ def _compile(jobs: Jobs, recipe: Recipe, store: Store) -> Entry:
             artifact = _make(jobs, recipe, store)
         entry.status, entry.bytes = "compiled", artifact.manifest["bytes"]
     except (JobError, OSError) as error:
-        entry.reason, entry.log = str(error), _keep_log(error, recipe, store)
+        entry.reason = str(error)
+        if isinstance(error, JobError) and error.log:
+            entry.log = keep_log(error.log, store, recipe.name)
     entry.seconds = time.monotonic() - start
     return entry
 
@@ -292,9 +313,9 @@ def _locked(jobs: Jobs, recipe: Recipe, store: Store) -> Iterator[None]:
 
 
 def _make(jobs: Jobs, recipe: Recipe, store: Store) -> Artifact:
-    environment, arguments = {TARGET_VARIABLE: recipe.target}, list(recipe.arguments)
     try:
-        problems = _lower(jobs, recipe.graph, recipe.sizes, environment | _ON_HOST).problems
+        environment = {TARGET_VARIABLE: recipe.target} | _ON_HOST
+        problems = _lower(jobs, recipe.graph, recipe.sizes, environment).problems
     except JobError as error:
         if jobs.stopped or error.spent:
             raise
@@ -303,21 +324,7 @@ def _make(jobs: Jobs, recipe: Recipe, store: Store) -> Artifact:
         problems = []
     if problems:
         raise JobError("; ".join(problems))
-    done = jobs.run("compile", recipe.graph, recipe.sizes, environment, arguments=arguments)
-    folder = done.folder / "artifact"
-    folder.mkdir()
-    for name in (MODEL, LOG):
-        (done.folder / name).rename(folder / name)
-    created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    return store.publish(folder, recipe, created=created, seconds=done.seconds, neuron_xtts=__version__)
-
-
-def _keep_log(error: Exception, recipe: Recipe, store: Store) -> Path | None:
-    if not isinstance(error, JobError) or error.log is None:
-        return None
-    folder = store.root / "logs"
-    folder.mkdir(exist_ok=True)
-    return Path(shutil.copy(error.log, folder / f"{recipe.name}.log"))
+    return compile_artifact(jobs, recipe, store)
 
 
 def _verify(
@@ -328,20 +335,8 @@ def _verify(
     Returns:
         what kept it from ending, if so. Manifests know how far it came.
     """
-    environment = {} if os.environ.get("NEURON_RT_VISIBLE_CORES") else {"NEURON_RT_NUM_CORES": "1"}
-    largest = max(recipes, key=lambda recipe: jobs.bytes[recipe.graph])
     try:
-        jobs.run(
-            "verify",
-            largest.graph,
-            (),
-            environment,
-            plan=plan.to_dict(),
-            recipes=[(recipe.plain(), jobs.file(recipe.graph)) for recipe in recipes],
-            store=str(store.root),
-            precision={"name": precision.name, "arguments": dict(precision.arguments)},
-            machine=neuron.instance,
-        )
+        verify_plan(jobs, plan, recipes, precision, store, neuron.instance)
     except JobError as error:
         return str(error)
     return None

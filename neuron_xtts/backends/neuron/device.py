@@ -44,6 +44,8 @@ _STUB = Version("2")
 # neuronx-cc from the former on asks for islpy "~=2026.1", but fails with what is newer than the latter: [NCC_ISMP902],
 # for nearly every program (github.com/aws-neuron/aws-neuron-sdk/issues/1391).
 _NEEDS_ISLPY_SINCE, _ISLPY = Version("2.27"), "2026.1"
+#: What helps against it.
+ISLPY_REMEDY = f"pip install islpy=={_ISLPY}"
 
 TARGET_VARIABLE = "NEURON_PLATFORM_TARGET_OVERRIDE"
 
@@ -94,7 +96,16 @@ class Neuron:
         if needs_old and self.islpy and Version(self.islpy) >= Version(f"{_ISLPY}.1"):
             yield (
                 f"neuronx-cc {compiler} fails with islpy {self.islpy} ([NCC_ISMP902], aws-neuron-sdk#1391): "
-                f"pip install islpy=={_ISLPY}"
+                + ISLPY_REMEDY
+            )
+
+    def target_problems(self) -> Iterator[str]:
+        """What keeps the compiler from knowing what to compile for, with the remedy."""
+        if self.target is None:
+            yield (
+                f"this machine ({self.instance or 'of unknown type'}) is no Neuron instance that is known, so the "
+                "compiler needs the name of one: compile(model, target='inf2'), neuron-xtts compile --target inf2, or "
+                f"{TARGET_VARIABLE}=inf2"
             )
 
     def device_problems(self) -> Iterator[str]:
@@ -111,6 +122,11 @@ class Neuron:
     def there(self) -> bool:
         """Whether there is anything of Neuron at all."""
         return bool(self.versions) or self.driver or self.devices > 0 or self.target is not None
+
+    @property
+    def family(self) -> str:
+        """Family of the instance, such as ``inf2``; empty if the machine does not say."""
+        return (self.instance or "").partition(".")[0]
 
     @property
     def cores(self) -> int:

@@ -91,9 +91,9 @@ class Jobs:
     def __enter__(self) -> Jobs:
         try:
             # A family in one file, where the weights that its graphs share are written once.
-            for family in {CATALOGUE[name].family for name in self._graphs}:
-                members = {name: graph for name, graph in self._graphs.items() if CATALOGUE[name].family == family}
-                torch.save(members, self.scratch / f"{family}.pt")  # in a folder of this process alone, gone with it
+            for file in {self.file(name) for name in self._graphs}:
+                members = {name: graph for name, graph in self._graphs.items() if self.file(name) == file}
+                torch.save(members, file)  # in a folder of this process alone, gone with it
         except (AttributeError, TypeError) as error:
             raise JobError(
                 f"the graphs cannot be handed to another process ({error}): remove hooks and replaced layers from the "
@@ -109,8 +109,9 @@ class Jobs:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
     def file(self, graph: str) -> str:
-        """The file that holds a graph, and the others of its family."""
-        return str(self.scratch / f"{CATALOGUE[graph].family}.pt")
+        """The file that holds a graph, and the others of its family; one that is in no catalogue is by itself."""
+        family = CATALOGUE[graph].family if graph in CATALOGUE else graph
+        return str(self.scratch / f"{family}.pt")
 
     def run(self, mode: str, graph: str, bucket: Bucket, environment: Mapping[str, str], **options: Any) -> Result:
         """Run one job to its end, when there is memory for ``graph``.
@@ -132,7 +133,7 @@ class Jobs:
             data, problem = {}, _death(status, self.timeout)
         if problem:
             spent = status in (None, -signal.SIGKILL)
-            raise JobError(f"{mode}: {problem}\n{_tail(folder / LOG)}", folder / LOG, spent=spent)
+            raise JobError(f"{mode}: {problem}\n{tail(folder / LOG)}", folder / LOG, spent=spent)
         return Result(folder, data, time.monotonic() - start)
 
     def _process(self, folder: Path, environment: Mapping[str, str]) -> int | None:
@@ -221,7 +222,8 @@ def _death(status: int | None, timeout: float) -> str:
     return f"exited with status {status} and left no result"
 
 
-def _tail(log: Path) -> str:
+def tail(log: Path) -> str:
+    """The last lines of a log, set off from what is said around them."""
     lines = log.read_text(errors="replace").splitlines()
     return "\n".join(f"  | {line}" for line in lines[-_TAIL:])
 

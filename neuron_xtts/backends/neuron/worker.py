@@ -33,17 +33,18 @@ class Job:
     """What to do.
 
     Attributes:
-        mode: ``lower``, ``compile`` or ``verify``.
+        mode: of `MODES`.
         graph: its name.
         bucket: its sizes.
         graphs: file of the graph, by name, and of others.
         folder: where the result goes.
         parent: process that wants it.
         arguments: of the compiler.
-        plan: its buckets, by name.
-        recipes: of its artifacts, those to verify among them, each with the file of its graph.
+        recipes: of the artifacts to verify, each with the file of its graph.
+        plan: that they are of, its buckets by name.
+        precision: of the plan, its name and arguments by graph.
+        tolerance: of one artifact by itself.
         store: where they are.
-        precision: name and arguments by graph, for the tolerance.
         machine: to note as the place where they were verified.
     """
 
@@ -54,10 +55,11 @@ class Job:
     folder: str
     parent: int
     arguments: list[str] = field(default_factory=list)
-    plan: dict[str, Any] = field(default_factory=dict)
     recipes: list[tuple[dict[str, Any], str]] = field(default_factory=list)
-    store: str | None = None
+    plan: dict[str, Any] = field(default_factory=dict)
     precision: dict[str, Any] = field(default_factory=dict)
+    tolerance: dict[str, float] = field(default_factory=dict)
+    store: str | None = None
     machine: str | None = None
 
 
@@ -86,7 +88,24 @@ def compile_graph(job: Job) -> dict[str, Any]:
     return {}
 
 
-def verify_graphs(job: Job) -> dict[str, Any]:
+def verify_graph(job: Job) -> dict[str, Any]:
+    """Run an artifact on the device and compare it with the host; its manifest takes the result."""
+    from neuron_xtts.backends.host.operators import HostOperators
+    from neuron_xtts.backends.neuron.backend import LoadedGraph, verify
+    from neuron_xtts.backends.neuron.store import Recipe
+    from neuron_xtts.precision import Tolerance
+
+    ((data, file),) = job.recipes
+    recipe = Recipe.parse(data)
+    artifact = Store(job.store).find(recipe)
+    assert artifact is not None
+    graph = load(file, recipe.graph)
+    graph.use(HostOperators())  # what artifacts are compared with is not computed as they are
+    verify(LoadedGraph(artifact, recipe, core=0), graph, Tolerance(**job.tolerance), job.machine)
+    return {}
+
+
+def verify_plan(job: Job) -> dict[str, Any]:
     """Load a plan's artifacts, which compares the new ones with the host; the store's manifests take the results."""
     from neuron_xtts.backends.neuron.backend import NeuronBackend
     from neuron_xtts.backends.neuron.store import Recipe
@@ -111,7 +130,7 @@ def verify_graphs(job: Job) -> dict[str, Any]:
     return {}
 
 
-MODES = {"lower": lower_graph, "compile": compile_graph, "verify": verify_graphs}
+MODES = {"lower": lower_graph, "compile": compile_graph, "verify": verify_graph, "load": verify_plan}
 
 
 def end_with_parent(parent: int) -> None:

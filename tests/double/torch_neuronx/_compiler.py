@@ -86,7 +86,8 @@ class Compiler:
         if self._workdir:
             self._workdir.mkdir(parents=True, exist_ok=True)
         self._strike()
-        if self._version >= (2, 27) and _islpy() > (2026, 1, 0):  # aws-neuron-sdk#1391
+        unfit = self._version >= (2, 27) and _islpy() > (2026, 1, 0)
+        if unfit or "islpy" in _machine.faults(self.tag):  # aws-neuron-sdk#1391
             _fail(70, "ERROR: [NCC_ISMP902] Simplifier error: is_subset()")
         refused = [f"ERROR: [{code}] {message}" for code, message in _refused(program)]
         self._log(*(refused or ["Compiler status PASS"]))

@@ -17,6 +17,7 @@ FAULTS = {
     # while compiling
     "crash": "the process dies",
     "fail": "the compiler fails",
+    "islpy": "the compiler fails as with an islpy that it does not go with",
     "killed": "the compiler runs out of memory",
     "hang": "the compiler takes an hour",
     "alone": "while another process compiles, the runtime says that it has the cores",
