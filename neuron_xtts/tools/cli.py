@@ -94,7 +94,9 @@ def _add_bench(subparsers: Subparsers) -> None:
         description="Measure patched against unpatched coqui-tts, in turns, in one process, with a known voice. "
         "sentence: seconds by stage in every precision, first audio, accuracy, memory. stream: time to first audio and "
         "time per chunk. methods: GPT.forward, vocoder and generation by themselves, mean and deviation. batch: many "
-        "callers at once, together and one by one. Full size takes half an hour on two cores, batch several hours.",
+        "callers at once, together and one by one. Full size takes half an hour on two cores, batch several hours. "
+        "device: on a Neuron device, all that a report of it needs: doctor, canary, compilation, verification, every "
+        "graph by itself, sentences and streams.",
     )
     bench.set_defaults(run=commands.run_bench)
     _add_model(bench)
@@ -104,7 +106,7 @@ def _add_bench(subparsers: Subparsers) -> None:
     bench.add_argument(
         "what",
         type=lambda name: _FORMER_NAMES.get(name, name),
-        choices=("sentence", "stream", "methods", "batch"),
+        choices=("sentence", "stream", "methods", "batch", "device"),
         nargs="?",
         default="sentence",
         help="(default: sentence)",

@@ -23,7 +23,7 @@ from neuron_xtts.options import Options, PatchOptions
 from neuron_xtts.precision import HOST_PRECISIONS, NEURON_PRECISIONS, Precision
 from neuron_xtts.tables import table
 from neuron_xtts.tools import demo
-from neuron_xtts.tools.bench import Benchmark, Results, Subject, batch, methods, sentence, stream
+from neuron_xtts.tools.bench import Benchmark, Results, Subject, batch, device, methods, sentence, stream
 from neuron_xtts.tools.doctor import examine
 from neuron_xtts.tools.inventory import listing, remove, take_inventory, unusable
 from neuron_xtts.tools.judge import Judge, by_name
@@ -84,6 +84,14 @@ def _measure(arguments: argparse.Namespace) -> Benchmark:
             warm_up=arguments.warm_up,
             precisions=precisions,
             options=options,
+        )
+    if arguments.what == "device":
+        if on_host:
+            raise NeuronMissingError(
+                "bench device measures a Neuron device, and there is none: neuron-xtts doctor says why"
+            )
+        return device.bench_device(
+            subject, iterations=arguments.iterations, rounds=arguments.rounds, precisions=precisions, options=options
         )
     if arguments.what == "batch":
         if arguments.codes and len(arguments.codes) > 1:

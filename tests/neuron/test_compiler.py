@@ -558,7 +558,7 @@ def test_commands(neuron, compiled, tmp_path, capsys):
     assert small(["graphs"], store) == 0
     out = capsys.readouterr().out
     assert "7 artifacts" in out
-    assert out.count("verified") == 7
+    assert out.count("verified") == 8
     assert small(["doctor", "--small"], store, *sizes) == 0
     out = capsys.readouterr().out
     assert out.count("ready") == 7

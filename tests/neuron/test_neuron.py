@@ -28,9 +28,11 @@ from neuron_xtts.routes import vocoder as routes_vocoder
 from neuron_xtts.routes.memo import AudioMemo
 from neuron_xtts.tools import bench, demo
 from neuron_xtts.tools.bench import accuracy as accuracy_module
+from neuron_xtts.tools.bench import device as device_bench
 from neuron_xtts.tools.bench.methods import bench_methods
 from neuron_xtts.tools.bench.sentence import bench_sentence
 from neuron_xtts.tools.bench.stream import bench_stream
+from neuron_xtts.tools.cli import main
 from neuron_xtts.tools.recordings import write_reference
 
 pytest.importorskip("torch_xla")
@@ -899,3 +901,43 @@ def test_the_benchmarks(neuron, compiled, small_plan, monkeypatch):
     sizes["codes"] = 90  # longer than the largest bucket of decode
     table = bench_methods(subject, **sizes, **common).markdown()
     assert "| fp32 | GPT.generate: larger than the largest decode bucket (128) | 2 |" in table
+
+
+def test_the_benchmark_of_a_device(neuron, compiled, small_plan, monkeypatch, tmp_path, capsys):
+    """One command from the doctor to streams: it answers what is not documented, and writes what can be sent."""
+    monkeypatch.setattr(device_bench, "SENTENCES", (12,))
+    monkeypatch.setattr(device_bench, "STREAMS", (20,))
+    sizes = [f"{name}={','.join(map(str, found))}" for name, found in small_plan.to_dict().items()]
+    files = {name: tmp_path / f"found.{name}" for name in ("json", "markdown", "png")}
+    command = ["bench", "device", "--small", "--precisions", "fp32", "--rounds", "1", "--iterations", "2"]
+    command += [word for size in sizes for word in ("--sizes", size)]
+    command += [word for name, file in files.items() for word in (f"--{name}", str(file))]
+    assert main([*command, "--store", str(compiled)]) == 0
+    out = capsys.readouterr().out
+    assert "Ready: graphs compile and run on this machine's 2 NeuronCores" in out
+    found = json.loads(files["json"].read_text())
+    assert found["machine"]["instance"] == "inf2.xlarge"
+    assert {status for _, status, *_ in found["compiled"]["fp32"]} == {"found"}
+    times = {(times["graph"], times["bucket"]): times for times in found["graphs"]["fp32"]}
+    assert len(times) == 8
+    assert {times["returned"] for times in times.values()} == {None, "xla"}  # where the double keeps a state
+    assert times["decode", "1x128"]["state"] == 4 * 4 * 128 * 64  # two blocks of keys and values in fp32
+    assert all(len(times["run"]) == 2 and min(times["run"]) > 0 for times in times.values())
+    assert found["medians"]["fp32"]["decode 1x80"]["GB/s to the device"] > 0
+    assert found["over_host"] == {"fp32": None}
+    assert found["sentence"]["samples"]["12"]["fp32"]
+    assert found["stream"]["samples"]["20"]["neuron_xtts"]
+    text = files["markdown"].read_text()
+    assert "| decode 1x80 |" in text
+    assert "neuronx-cc" in text
+    assert files["png"].stat().st_size > 1000
+    monkeypatch.setenv("NEURON_DOUBLE_FAULT", "fail:canary")
+    assert main([*command, "--store", str(tmp_path / "empty")]) == 0
+    found = json.loads(files["json"].read_text())
+    assert (found["graphs"], found["sentence"], found["stream"]) == ({}, None, None)
+    assert "does not compile" in found["verdict"]
+
+
+def test_the_benchmark_of_a_device_without_one(monkeypatch, capsys):
+    assert main(["bench", "device", "--small", "--backend", "cpu"]) == 1
+    assert "bench device measures a Neuron device" in capsys.readouterr().err

@@ -52,7 +52,7 @@ def verify_artifact(jobs: Jobs, recipe: Recipe, tolerance: Tolerance, store: Sto
     Raises:
         JobError: what kept it from ending.
     """
-    _on_device(jobs, "verify", [recipe], store, tolerance=asdict(tolerance), machine=machine)
+    _on_device(jobs, [recipe], store, tolerance=asdict(tolerance), machine=machine)
 
 
 def verify_plan(
@@ -72,14 +72,14 @@ def verify_plan(
         JobError: what kept it from ending. Manifests know how far it came.
     """
     named = {"name": precision.name, "arguments": dict(precision.arguments)}
-    _on_device(jobs, "load", recipes, store, plan=plan.to_dict(), precision=named, machine=machine)
+    _on_device(jobs, recipes, store, plan=plan.to_dict(), precision=named, machine=machine)
 
 
-def _on_device(jobs: Jobs, mode: str, recipes: Sequence[Recipe], store: Store, **options: Any) -> None:
+def _on_device(jobs: Jobs, recipes: Sequence[Recipe], store: Store, **options: Any) -> None:
     environment = {} if os.environ.get("NEURON_RT_VISIBLE_CORES") else {"NEURON_RT_NUM_CORES": "1"}
     largest = max((recipe.graph for recipe in recipes), key=lambda graph: jobs.bytes[graph])
     wanted = [(recipe.plain(), jobs.file(recipe.graph)) for recipe in recipes]
-    jobs.run(mode, largest, (), environment, recipes=wanted, store=str(store.root), **options)
+    jobs.run("verify", largest, (), environment, recipes=wanted, store=str(store.root), **options)
 
 
 def keep_log(log: Path, store: Store, name: str) -> Path:

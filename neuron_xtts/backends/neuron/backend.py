@@ -120,6 +120,11 @@ class NeuronBackend:
                 raise ArtifactError(reason)
         return loaded
 
+    @property
+    def loaded(self) -> list[LoadedGraph]:
+        """The graphs that are on the device."""
+        return list(self._loaded.values())
+
     def _buckets(self, graph: str) -> list[Bucket]:
         """Those of a graph that are loaded, smallest first."""
         return sorted(bucket for name, bucket in self._loaded if name == graph)

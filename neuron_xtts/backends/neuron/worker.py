@@ -41,7 +41,7 @@ class Job:
         parent: process that wants it.
         arguments: of the compiler.
         recipes: of the artifacts to verify, each with the file of its graph.
-        plan: that they are of, its buckets by name.
+        plan: that they are of, its buckets by name; of one by itself nothing.
         precision: of the plan, its name and arguments by graph.
         tolerance: of one artifact by itself.
         store: where they are.
@@ -130,7 +130,12 @@ def verify_plan(job: Job) -> dict[str, Any]:
     return {}
 
 
-MODES = {"lower": lower_graph, "compile": compile_graph, "verify": verify_graph, "load": verify_plan}
+def verify_artifacts(job: Job) -> dict[str, Any]:
+    """Verify the artifacts of a plan, or one by itself."""
+    return verify_plan(job) if job.plan else verify_graph(job)
+
+
+MODES = {"lower": lower_graph, "compile": compile_graph, "verify": verify_artifacts}
 
 
 def end_with_parent(parent: int) -> None:
