@@ -280,6 +280,8 @@ class Counted:
         self.states: list[int] = lowered["states"]
         # The program takes a whole state and gives it.
         self.weights: int = lowered["bytes"] - sum(self.inputs) - sum(self.results) - 2 * sum(self.states)
+        if lowered["graph"] == "prefill":  # whose cache goes to the host or stays, as a variant has it
+            self.results, self.states = self.results + self.states, []
         best = worst = 0.0
         for number, *sizes in lowered["products"]:
             ends = product_cycles(Product(*sizes))
