@@ -33,19 +33,19 @@ from neuron_xtts.tools.judge.gates import Gate
 def run_demo(arguments: argparse.Namespace) -> int:
     """Speak one sentence with plain coqui-tts and patched."""
     _quieten()
-    print(
-        demo.run(
-            arguments.out,
-            small=arguments.small,
-            checkpoint=arguments.checkpoint,
-            speaker_wav=arguments.speaker_wav,
-            text=arguments.text,
-            language=arguments.language,
-            codes=arguments.codes,
-            seed=arguments.seed,
-            **_patch_options(arguments),
-        )
+    parts = demo.run(
+        arguments.out,
+        small=arguments.small,
+        checkpoint=arguments.checkpoint,
+        speaker_wav=arguments.speaker_wav,
+        text=arguments.text,
+        language=arguments.language,
+        codes=arguments.codes,
+        seed=arguments.seed,
+        **_patch_options(arguments),
     )
+    for part in parts:
+        print(part, end="\n\n", flush=True)
     return 0
 
 
@@ -126,6 +126,8 @@ def run_judge(arguments: argparse.Namespace) -> int:
     """Judge speech; the status is 1 if a gate failed."""
     _quieten()
     _check_files(arguments.json, arguments.markdown)
+    if arguments.audio:
+        _check_folder(arguments.audio)
     options = _patch_options(arguments)
     on_host = Options.make(**options, to_run=True).neuron is None
     judge = Judge(
@@ -146,6 +148,7 @@ def run_judge(arguments: argparse.Namespace) -> int:
         options=options,
     )
     results = judge.run(arguments.checkpoint, arguments.audio)
+    results.judged["arguments"] = arguments.given
     _write(results, arguments)
     return 0 if results.passed else 1
 
@@ -163,14 +166,38 @@ def _texts(path: Path) -> list[str]:
 
 
 def _check_files(*files: Path | None) -> None:
-    """Raise OSError, before hours have gone by, if a file cannot be written."""
-    for file in files:
-        if file is None:
-            continue
+    """Raise, before hours have gone by, if results could not be written.
+
+    Raises:
+        OSError: a file cannot be written.
+        ValueError: two are the same.
+    """
+    asked = [file for file in files if file is not None]
+    if len({file.resolve() for file in asked}) < len(asked):
+        raise ValueError(f"{', '.join(map(str, asked))}: two of these are the same file; name another one")
+    for file in asked:
         if not file.parent.is_dir():
             raise FileNotFoundError(f"{file} cannot be written: there is no folder {file.parent}; make it first")
         if file.is_dir():
             raise IsADirectoryError(f"{file} cannot be written: it is a folder")
+        there = file.exists()
+        try:
+            file.open("ab").close()
+        except OSError as error:
+            raise OSError(f"{file} cannot be written: {error.strerror}; name another file") from error
+        if not there:
+            file.unlink()
+
+
+def _check_folder(folder: Path) -> None:
+    """Make a folder; raise OSError, before hours have gone by, if nothing can be written into it."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is no folder; name another one")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written into: {error.strerror}; name another folder") from error
 
 
 def _write(results: Results, arguments: argparse.Namespace) -> None:

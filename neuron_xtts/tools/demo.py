@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from tqdm import tqdm
 import neuron_xtts
 from neuron_xtts.coqui.constants import OUTPUT_RATE
 from neuron_xtts.coqui.models import SENTENCES, find_miniature, load_or_make, load_tts
-from neuron_xtts.options import PatchOptions
+from neuron_xtts.options import Options, PatchOptions
 from neuron_xtts.tables import table
 from neuron_xtts.tools.recordings import check_recording, write_reference, write_wav
 from neuron_xtts.tools.stopwatch import Stopwatch
@@ -90,7 +91,7 @@ def run(
     codes: int = 100,
     seed: int = 1,
     **options: Unpack[PatchOptions],
-) -> str:
+) -> Iterator[str]:
     """Speak a sentence with plain coqui-tts and patched, write both to files, and compare them.
 
     By default the miniature speaks if the package is used from a checkout that has one, and then a model of full size
@@ -108,13 +109,19 @@ def run(
         seed: what codes are drawn with, the same for both.
         options: keyword arguments of `neuron_xtts.patch`.
 
-    Returns:
-        for each model a side-by-side table and the report.
+    Yields:
+        for each model a side-by-side table and the report, once it has spoken, and before it, without ``checkpoint``,
+        which model it is.
 
     Raises:
         FileNotFoundError: ``checkpoint`` lacks a file of those that coqui-tts downloads, or there is no such recording.
-        ValueError: checkpoint or recording cannot be read, there is no text, or the model has no such language.
+        ValueError: checkpoint or recording cannot be read, there is no text, or the model has no such language, or the
+            backend no such precision.
+        NeuronMissingError: ``options`` ask for Neuron, which is not there.
     """
+    # Now, since plain coqui-tts speaks before `neuron_xtts.patch` would see them.
+    checked: PatchOptions = {"backend": "auto", "precision": "fp32", "buckets": None, "store": None, **options}
+    Options.make(**checked, to_run=True)
     if text is not None and not text.strip():
         raise ValueError("there is no text to speak")
     if speaker_wav is not None:
@@ -124,19 +131,18 @@ def run(
     files = out / "plain.wav", out / "patched.wav"
     if checkpoint:
         tts, voice = load_or_make(checkpoint, small=False), speaker_wav or _tone(out)
-        return compare(tts, text or SENTENCES[0], speaker_wav=voice, files=files, **settings)
-    parts = []
+        yield compare(tts, text or SENTENCES[0], speaker_wav=voice, files=files, **settings)
+        return
     miniature = find_miniature()
     if miniature:
         tts, voice = load_tts(miniature), speaker_wav or miniature / MINIATURE_VOICE
-        parts += [f"The miniature ({miniature})"]
-        parts += [compare(tts, text or MINIATURE_TEXT, speaker_wav=voice, files=files, **settings)]
+        yield f"The miniature ({miniature})"
+        yield compare(tts, text or MINIATURE_TEXT, speaker_wav=voice, files=files, **settings)
         files = out / "full-plain.wav", out / "full-patched.wav"
     if not miniature or not small:
         tts, voice = load_or_make(None, small), speaker_wav or _tone(out)
-        parts += [f"{'Small' if small else 'Full size'}, random weights: real times, noise instead of words"]
-        parts += [compare(tts, text or SENTENCES[0], speaker_wav=voice, files=files, codes=codes, **settings)]
-    return "\n\n".join(parts)
+        yield f"{'Small' if small else 'Full size'}, random weights: real times, noise instead of words"
+        yield compare(tts, text or SENTENCES[0], speaker_wav=voice, files=files, codes=codes, **settings)
 
 
 def _tone(out: Path) -> Path:

@@ -63,7 +63,7 @@ def test_demo(tmp_path, miniature):
 def test_demo_without_the_miniature(tmp_path, monkeypatch):
     """As where the package was installed from its wheel: noise, of as many codes as were asked for."""
     monkeypatch.setattr(models, "__file__", str(tmp_path / "neuron_xtts" / "coqui" / "models.py"))
-    text = demo.run(tmp_path / "out", small=True, codes=20)
+    text = "\n\n".join(demo.run(tmp_path / "out", small=True, codes=20))
     check_demo(text, tmp_path / "out", frames=int(20 * 4 * 24000 / 22050))
     assert "Small, random weights" in text
     assert (tmp_path / "out" / "reference.wav").is_file()
@@ -80,16 +80,19 @@ def test_demo_with_a_trained_model(tmp_path, monkeypatch):
     write_reference(folder / "f5.wav", seconds=2)
     monkeypatch.setattr(models, "__file__", str(tmp_path / "neuron_xtts" / "coqui" / "models.py"))
     monkeypatch.setattr(demo, "load_or_make", lambda checkpoint, small: random_tts(tmp_path / "random", small=True))
-    text = demo.run(tmp_path / "out", codes=20)
-    trained, random = text.split("Full size, random weights")
+    parts = demo.run(tmp_path / "out", codes=20)
+    assert next(parts) == f"The miniature ({folder})"
+    trained = next(parts)
+    assert not (tmp_path / "out" / "full-plain.wav").exists()  # it does not wait for the other one
+    title, random = parts
+    assert "Full size, random weights" in title
     for part in (trained, random):
         difference = next(line for line in part.splitlines() if line.startswith("largest difference")).split()[-1]
         assert float(difference) < 1e-5
-    assert f"The miniature ({folder})" in trained
     assert len(samples(tmp_path / "out" / "full-plain.wav")) == int(20 * 4 * 24000 / 22050) * 256 + 10000
     names = ["full-patched.wav", "full-plain.wav", "patched.wav", "plain.wav", "reference.wav"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
-    assert "random weights" not in demo.run(tmp_path / "out", small=True)
+    assert len(list(demo.run(tmp_path / "out", small=True))) == 2
 
 
 @pytest.mark.slow
@@ -136,11 +139,14 @@ def test_a_checkpoint_that_is_none(tmp_path, capsys, name, content):
         (["--speaker-wav", __file__], f"{__file__} cannot be read as a recording: "),
         (["--text", " "], "there is no text to speak"),
         (["--language", "xx"], "the model has no language 'xx'; choose one of en, "),
+        (["--precision", "bf16-all"], "precision='bf16-all' does not exist on the host; choose one of 'fp32', "),
     ],
 )
 def test_what_the_demo_cannot_speak(tmp_path, capsys, arguments, error):
     assert main(["demo", "--small", "--out", str(tmp_path / "out"), *arguments]) == 1
-    assert error in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert error in said
+    assert "warm-up" not in said  # of the progress bar
 
 
 def test_demo_without_a_checkpoint_where_it_was_named(tmp_path, capsys):

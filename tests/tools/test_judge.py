@@ -1,5 +1,6 @@
 """Judging speech: the figures by themselves, what is heard in real audio, and the command."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -109,6 +110,28 @@ def test_gates(gate, by_interval, verdicts):
     results.check([Gate.parse(gate, by_interval=by_interval)])
     assert [(verdict.variant, verdict.passed) for verdict in results.verdicts] == verdicts
     assert results.passed == all(passed for _, passed in verdicts)
+
+
+@pytest.mark.parametrize(
+    ("gate", "verdicts"),
+    [
+        ("length >= 0.8", [(PLAIN, True), ("int8", False)]),
+        ("int8 length - coqui-tts <= 0.1", [("int8", False)]),
+        ("stopped >= 0", [("all", False)]),
+    ],
+)
+def test_a_gate_of_which_nothing_was_measured(gate, verdicts):
+    """It fails and says why, whatever another variant has."""
+    results = judged(plain=[1] * 10, int8=[1] * 10)
+    for variant, seconds in ((PLAIN, 2.0), ("int8", 0.0)):
+        for sample in results.samples[variant]:
+            sample.ratios["length"] = (2.0, seconds)
+    results.check([Gate.parse(gate)])
+    assert [(verdict.variant, verdict.passed) for verdict in results.verdicts] == verdicts
+    assert not results.passed
+    failed = next(line for line in str(results).splitlines() if line.endswith("FAILED"))
+    assert "nothing was measured" in failed
+    json.dumps(results.to_dict(), allow_nan=False)
 
 
 @pytest.mark.parametrize(
@@ -261,6 +284,16 @@ def test_trained_weights(miniature, tmp_path, capsys):
     assert 1 > figures["fp32"]["latents"]["value"] - 1e-9 > figures["int8"]["latents"]["value"] > 0.99
     assert results["passed"]
     assert "FAILED" not in out
+    assert results["judged"] == {
+        "checkpoint": str(miniature),
+        "sha256 of model.pth": hashlib.sha256((miniature / "model.pth").read_bytes()).hexdigest(),
+        "recordings": {voice: str(miniature / f"{voice}.wav") for voice in voices},
+        "buckets": None,
+        "store": None,
+        "backend": "cpu",
+        "arguments": command(miniature, miniature / "sentences.txt", *arguments, *gates, *files_asked),
+    }
+    assert results["machine"]["instructions"].startswith(torch.backends.cpu.get_cpu_capability())
     assert f"| wer/moonshine | {100 * wer[ESPEAK]:.1f} %" in files[1].read_text()
     for variant in (PLAIN, "fp32", "int8"):
         assert len(list((tmp_path / "audio" / variant).iterdir())) == 2 * 2 * len(voices)
@@ -327,6 +360,10 @@ def asked(tmp_path):
         (["--gate", "stopped >= 95"], "stopped is a fraction"),
         (["--json", "none/a.json"], "none/a.json cannot be written: there is no folder none; make it first"),
         (["--markdown", "."], ". cannot be written: it is a folder"),
+        (["--json", "/proc/a.json"], "/proc/a.json cannot be written: No such file or directory; name another file"),
+        (["--json", "a", "--markdown", "./a"], "a, a: two of these are the same file; name another one"),
+        (["--audio", __file__], f"{__file__} is no folder; name another one"),
+        (["--audio", "/proc/audio"], "/proc/audio cannot be written into: No such file or directory"),
         (["--limit", "1"], "1 sentences to judge: intervals need at least 2"),
         (["--speaker-wav", "b.wav"], "there is no recording b.wav"),
         (["--speaker-wav", "a/x.wav", "b/x.wav"], "of 2 recordings some have the same name"),
@@ -335,6 +372,13 @@ def asked(tmp_path):
 def test_what_cannot_be_judged(asked, arguments, error, capsys):
     assert main([*asked, *arguments]) == 1
     assert error in capsys.readouterr().err
+
+
+def test_files_to_write_are_left_as_they_are_until_there_is_something_to_write(asked, tmp_path):
+    (tmp_path / "there.md").write_text("of another day")
+    assert main([*asked, "--limit", "1", "--json", f"{tmp_path}/new", "--markdown", f"{tmp_path}/there.md"]) == 1
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "there.md").read_text() == "of another day"
 
 
 @pytest.mark.parametrize(

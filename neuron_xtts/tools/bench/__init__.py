@@ -19,12 +19,16 @@ import torch
 from torch import Tensor
 
 import neuron_xtts
+from neuron_xtts.backends.host.kernels import cpu_has
 from neuron_xtts.coqui.models import SENTENCES, load_or_make
 from neuron_xtts.options import PatchOptions
 from neuron_xtts.tables import Table, markdown, table
 from neuron_xtts.tools.recordings import check_recording, write_reference
 
 PLAIN = "coqui-tts"  # the variant that is not patched
+
+#: Instruction sets, as Linux names them, by which int8 and the vocoder of bf16 and int8 choose what they compute in.
+_CHOSEN_BY = ("avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16")
 
 #: Conditioning latents (1, N, D) and a speaker embedding (1, G, 1).
 Voice: TypeAlias = tuple[Tensor, Tensor]
@@ -166,12 +170,13 @@ class Benchmark(Results):
 
 
 def machine() -> dict[str, str | int]:
-    """What figures depend on: the CPU, threads, and versions."""
+    """What figures depend on: the CPU and its instruction sets, threads, and versions."""
     packages = ("torch", "coqui-tts", "transformers", "neuron-xtts")
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "cpu": models[0] if models else platform.machine(),
+        "instructions": ", ".join([torch.backends.cpu.get_cpu_capability(), *filter(cpu_has, _CHOSEN_BY)]),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version(name) for name in packages},

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import neuron_xtts
 from neuron_xtts.coqui.models import load_or_make
+from neuron_xtts.coqui.weights import file_digest
 from neuron_xtts.options import Options, PatchOptions
 from neuron_xtts.tools.bench import PLAIN, in_precision, machine
 from neuron_xtts.tools.judge.gates import Gate
@@ -170,7 +171,9 @@ class Judge:
         speakers = {name: listener.speaker(path) for name, path in self.recordings.items()}
         xtts = load_or_make(checkpoint, small=False).synthesizer.tts_model
         check_lengths(xtts, self.texts)
-        results = JudgeResults(machine=machine(), texts=self.texts, samples={}, baseline=self.baseline)
+        results = JudgeResults(
+            machine=machine(), judged=self._judged(checkpoint), texts=self.texts, samples={}, baseline=self.baseline
+        )
         results.machine |= {name: version(name) for name in PACKAGES}
         if has_espeak():
             spoken_so = f"{self.espeak_speed} words per minute, pitch range {self.espeak_range} %"
@@ -200,6 +203,17 @@ class Judge:
         results.check(self.gates)
         return results
 
+    def _judged(self, checkpoint: Path) -> dict[str, Any]:
+        """What is judged, in plain data, so that figures can be traced to it."""
+        buckets, store = self.options.get("buckets"), self.options.get("store")
+        return {
+            "checkpoint": str(checkpoint),
+            "sha256 of model.pth": file_digest(checkpoint / "model.pth"),
+            "recordings": {name: str(path) for name, path in self.recordings.items()},
+            "buckets": asdict(buckets) if buckets else None,
+            "store": str(store) if store else None,
+        }
+
     def _speak(
         self, xtts: Any, folder: Path, scratch: Path, results: JudgeResults
     ) -> dict[str, dict[_Take, _Utterance]]:
@@ -224,6 +238,7 @@ class Judge:
                         spoken[variant][take] = _compare(xtts, speak(xtts, text, voice, seed, path), plain[take])
                     bar.update()
                 if variant != PLAIN:
+                    results.judged["backend"] = neuron_xtts.report(xtts).backend
                     results.unpatch(xtts, variant)
         return spoken
 

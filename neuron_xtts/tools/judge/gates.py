@@ -85,7 +85,7 @@ class Verdict:
         by_interval: whether the interval was judged.
         variant: whose figure it is.
         metric: the figure.
-        estimate: its value, or the difference, with its interval.
+        estimate: its value, or the difference, with its interval; None if nothing of it was measured, which fails.
         passed: whether it is within the limit.
     """
 
@@ -93,5 +93,5 @@ class Verdict:
     by_interval: bool
     variant: str
     metric: str
-    estimate: Estimate
+    estimate: Estimate | None
     passed: bool

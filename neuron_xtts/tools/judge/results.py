@@ -55,6 +55,7 @@ class JudgeResults(Results):
     """What a judgement found.
 
     Attributes:
+        judged: what was judged and how, in plain data: checkpoint and digest of its weights, recordings, options.
         texts: the sentences.
         samples: by variant: the controls, coqui-tts, and every precision.
         baseline: the variant from which differences are taken.
@@ -62,6 +63,7 @@ class JudgeResults(Results):
         verdicts: of the gates.
     """
 
+    judged: dict[str, Any] = field(default_factory=dict)
     texts: Sequence[str]
     samples: dict[str, list[Sample]]
     baseline: str = PLAIN
@@ -94,13 +96,15 @@ class JudgeResults(Results):
         return difference(self._sums(variant, metric), self._sums(baseline, metric))
 
     def check(self, gates: Sequence[Gate]) -> None:
-        """Judge by gates, each of every figure that it is about."""
+        """Judge by gates, each of every figure that it is about; one of which nothing was measured fails."""
         for gate in gates:
-            for variant in gate.variants(self.spoken):
-                for metric in filter(gate.means, self.metrics(variant, *([gate.baseline] if gate.baseline else []))):
-                    found = self._figure(variant, metric, gate.baseline)
-                    verdict = Verdict(gate.text, gate.by_interval, variant, metric, found, gate.passes(found))
-                    self.verdicts.append(verdict)
+            verdicts = [
+                self._verdict(gate, variant, metric)
+                for variant in gate.variants(self.spoken)
+                for metric in filter(gate.means, self._tried(variant, gate.baseline or variant))
+            ]
+            nothing = Verdict(gate.text, gate.by_interval, gate.variant or "all", gate.metric, None, False)
+            self.verdicts += verdicts or [nothing]
 
     def to_dict(self) -> dict[str, Any]:
         """All samples, and the figures made of them, as plain data."""
@@ -138,6 +142,16 @@ class JudgeResults(Results):
     def _compared(self) -> list[str]:
         return [variant for variant in self.samples if variant not in (self.baseline, SHUFFLED)]
 
+    def _tried(self, *variants: str) -> list[str]:
+        """Names of the figures that all of some variants were judged by, whether there is anything of them or not."""
+        every = [{name for sample in self.samples[variant] for name in sample.ratios} for variant in variants]
+        return sorted(set.intersection(*every))
+
+    def _verdict(self, gate: Gate, variant: str, metric: str) -> Verdict:
+        measured = metric in self.metrics(variant, gate.baseline or variant)
+        found = self._figure(variant, metric, gate.baseline) if measured else None
+        return Verdict(gate.text, gate.by_interval, variant, metric, found, found is not None and gate.passes(found))
+
     def _figure(self, variant: str, metric: str, baseline: str | None) -> Estimate:
         return self.difference(variant, metric, baseline) if baseline else self.estimate(variant, metric)
 
@@ -163,7 +177,7 @@ class JudgeResults(Results):
                 verdict.gate + (" (interval)" if verdict.by_interval else ""),
                 verdict.variant,
                 verdict.metric,
-                _show(verdict.metric, verdict.estimate),
+                _show(verdict.metric, verdict.estimate) if verdict.estimate else "nothing was measured",
                 "passed" if verdict.passed else "FAILED",
             )
             for verdict in self.verdicts
