@@ -18,12 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from arguments import check_files, whole
 from model import COPIES, FRAMES, SOUNDS, STRIDE, make_dvae
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 WINDOW = 64  # frames of a training example
+_function: Callable[[int], np.ndarray]  # of the processes of a pool
 
 
 class Speech:
@@ -154,6 +156,7 @@ def encode(dvae: Any, mel: Tensor) -> np.ndarray:
 
 def main(work: Path, steps: tuple[int, int], processes: int) -> None:
     """Make spectrograms, tokenizer and codes."""
+    check_files(work, "texts.json", "audio.npy", "lengths.npy")
     start = time.time()
     mels = (
         torch.from_numpy(np.load(work / "mels.npy")) if (work / "mels.npy").exists() else spectrograms(work, processes)
@@ -182,6 +185,6 @@ def main(work: Path, steps: tuple[int, int], processes: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--steps", type=int, nargs=2, default=(400, 1500), help="without and with codes")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--steps", type=whole(1), nargs=2, default=(400, 1500), help="without and with codes")
+    parser.add_argument("--processes", type=whole(1), default=2)
     main(**vars(parser.parse_args()))

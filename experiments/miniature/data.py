@@ -3,7 +3,7 @@
     python experiments/miniature/data.py WORK [--sentences 20000] [--processes 2]
 
 Writes WORK/texts.json (a list of [text, voice]), WORK/audio.npy (int16 at 22.05 kHz, one after another) and
-WORK/lengths.npy (samples of each).
+WORK/lengths.npy (samples of each); removes WORK/mels.npy and WORK/codes.npy, which would be of other sentences.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 import numpy as np
+from arguments import whole
 from model import STRIDE
 from tqdm import tqdm
 from world import sentence
@@ -27,8 +28,10 @@ RATE = 22050
 VOICES = {"klatt": "en-us+klatt", "f5": "en-us+f5"}
 WORDS_PER_MINUTE, PITCH_RANGE = 150, 20  # the latter in percent of what the voice has
 SHORTEST, LONGEST = 0.3, 6.0  # seconds
+_espeak: Espeak  # of a process of a pool
 _RAMP = np.linspace(0, 1, 66, dtype=np.float32)  # 3 ms, so that no cut clicks
 HELD_OUT = 240  # of the last sentences, to follow the training
+LEAST = 800  # sentences, of which more than the held-out ones give both voices their reference recordings
 
 
 class _Event(ctypes.Structure):
@@ -143,6 +146,8 @@ def make(work: Path, sentences: int, processes: int, seed: int = 7) -> None:
         if SHORTEST * RATE < len(audio) < LONGEST * RATE
     ]
     lengths = np.array([len(audio) for _, audio in kept])
+    for name in ("mels.npy", "codes.npy"):
+        (work / name).unlink(missing_ok=True)
     np.save(work / "audio.npy", np.concatenate([audio for _, audio in kept]))
     np.save(work / "lengths.npy", lengths)
     (work / "texts.json").write_text(json.dumps([item for item, _ in kept]))
@@ -152,6 +157,6 @@ def make(work: Path, sentences: int, processes: int, seed: int = 7) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--sentences", type=int, default=20000)
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--sentences", type=whole(LEAST), default=20000)
+    parser.add_argument("--processes", type=whole(1), default=2)
     make(**vars(parser.parse_args()))

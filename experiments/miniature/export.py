@@ -3,7 +3,8 @@
     python experiments/miniature/export.py WORK [miniature]
 
 Writes config.json, vocab.json, model.pth, a reference recording a voice, and sentences.txt, which holds sentences
-that were not trained on: those of free.txt first, then as many of the grammar as make 600.
+that were not trained on: those of free.txt first, then as many of the grammar as make 600. The checkpoint has as many
+layers as were trained. Nothing is written unless all of it could be made.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from arguments import check_files
 from data import RATE, VOICES, Espeak, on_grid
-from model import ARGS, CONDITIONING_BLOCKS, COPIES, SOUNDS, load_tokenizer
+from model import ARGS, CONDITIONING_BLOCKS, COPIES, SOUNDS, layers_of, load_tokenizer
 from torch import Tensor
 from world import sentence
 
@@ -40,30 +42,32 @@ def export(work: Path, out: Path) -> None:
     from TTS.tts.configs.xtts_config import XttsConfig
     from TTS.tts.models.xtts import Xtts
 
-    out.mkdir(parents=True, exist_ok=True)
+    check_files(work, "texts.json", "norms.pt", "vocab.json", "gpt.pt", "vocoder.pt")
+    gpt, vocoder = (torch.load(work / name, map_location="cpu") for name in ("gpt.pt", "vocoder.pt"))
     config = XttsConfig()
-    for name, value in ARGS.items():
+    for name, value in {**ARGS, "gpt_layers": layers_of(gpt["gpt"])}.items():
         setattr(config.model_args, name, value)
-    shutil.copy(work / "vocab.json", out / "vocab.json")
-    config.save_json(str(out / "config.json"))
     model = Xtts(config)
     model.tokenizer = load_tokenizer(work / "vocab.json")
     model.init_models()
-    gpt, vocoder = (torch.load(work / name, map_location="cpu") for name in ("gpt.pt", "vocoder.pt"))
     state = model.state_dict()
-    state |= {f"gpt.{name}": value for name, value in gpt["gpt"].items() if f"gpt.{name}" in state}
+    _take(state, gpt["gpt"])
     _copy_sounds(state)
     _empty_unused(state)
     _widen(state, vocoder["network"], "hifigan_decoder.waveform_decoder.")
     _mute_speaker_encoder(state, vocoder["speaker"])
     state["mel_stats"] = torch.load(work / "norms.pt")
     half = {name: _rounded(tensor) if _is_weight(name, tensor) else tensor for name, tensor in state.items()}
-    _save_deflated({"model": half}, out / "model.pth")
     espeak = Espeak()
-    for voice in VOICES:
-        _write_wav(out / f"{voice}.wav", on_grid(*espeak.say(REFERENCE, voice)))
-    known = {text for text, _ in json.loads((work / "texts.json").read_text())}
-    (out / "sentences.txt").write_text("".join(f"{text}\n" for text in unseen(known)))
+    references = {voice: on_grid(*espeak.say(REFERENCE, voice)) for voice in VOICES}
+    sentences = unseen({text for text, _ in json.loads((work / "texts.json").read_text())})
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copy(work / "vocab.json", out / "vocab.json")
+    config.save_json(str(out / "config.json"))
+    _save_deflated({"model": half}, out / "model.pth")
+    for voice, samples in references.items():
+        _write_wav(out / f"{voice}.wav", samples)
+    (out / "sentences.txt").write_text("".join(f"{text}\n" for text in sentences))
     print({path.name: path.stat().st_size for path in sorted(out.iterdir())}, f"GPT of step {gpt['step']}")
 
 
@@ -89,6 +93,21 @@ def _rounded(tensor: Tensor) -> Tensor:
     spare = 10 - MANTISSA
     bits = tensor.half().contiguous().view(torch.int16)
     return ((bits + (1 << (spare - 1))) & -(1 << spare)).view(torch.float16)
+
+
+def _take(state: dict[str, Tensor], gpt: dict[str, Tensor]) -> None:
+    """Put the trained GPT, which knows sounds instead of codes, into a checkpoint.
+
+    Raises:
+        SystemExit: it has other weights, or of other shapes.
+    """
+    of_sounds = ("mel_embedding.weight", "mel_head.weight", "mel_head.bias")
+    wanted = {name.removeprefix("gpt."): tensor.shape for name, tensor in state.items() if name.startswith("gpt.")}
+    wanted |= {name: torch.Size([SOUNDS + 2, *wanted[name][1:]]) for name in of_sounds}
+    odd = sorted(name for name in {*wanted, *gpt} if name not in gpt or gpt[name].shape != wanted.get(name))
+    if odd:
+        raise SystemExit(f"gpt.pt does not fit model.py and vocab.json, with which it must have been trained: {odd}")
+    state |= {f"gpt.{name}": value for name, value in gpt.items()}
 
 
 def _copy_sounds(state: dict[str, Tensor]) -> None:
@@ -120,6 +139,8 @@ def _widen(state: dict[str, Tensor], narrow: dict[str, Tensor], prefix: str) -> 
     length g = 0 and the direction v = 1, because 0 / 0 is no number.
     """
     for name, part in narrow.items():
+        if any(size > most for size, most in zip(part.shape, state[prefix + name].shape, strict=True)):
+            raise SystemExit(f"vocoder.pt is wider than coqui-tts's: {name}; train one with vocoder.py's --hidden")
         wide = torch.zeros_like(state[prefix + name])
         if name.endswith("original1"):
             wide[part.shape[0] :] = 1

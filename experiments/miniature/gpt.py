@@ -15,12 +15,14 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from arguments import check_files, fraction, positive, whole
 from data import HELD_OUT, RATE, VOICES
 from model import (
     ARGS,
@@ -75,10 +77,12 @@ class Data:
     mels: np.ndarray  # (codes of all, FRAMES * 80) in fp16, left on the disk
     references: dict[str, Tensor]
     tokenizer: Any
+    ranks: dict[tuple[str, str], int]  # of the tokenizer's merges: the lowest comes first
 
     @classmethod
     def load(cls, work: Path) -> Data:
         """Read what data.py and codes.py wrote; make the vocabulary unless it is there."""
+        check_files(work, "texts.json", "audio.npy", "lengths.npy", "mels.npy", "norms.pt", "codes.npy")
         texts, voices = map(list, zip(*json.loads((work / "texts.json").read_text()), strict=True))
         if not (work / "vocab.json").exists():
             write_vocabulary(work / "vocab.json", texts)
@@ -95,17 +99,24 @@ class Data:
             np.load(work / "mels.npy", mmap_mode="r").reshape(-1, FRAMES * 80),
             {name: _references(audio, lengths, voices, name, norms) for name in VOICES},
             tokenizer,
+            {
+                tuple(pair): rank
+                for rank, pair in enumerate(json.loads(tokenizer.tokenizer.to_str())["model"]["merges"])
+            },
         )
 
-    def batch(self, rows: list[int], texts: list[int] | None = None, dropout: float = 0.0) -> Batch:
+    def batch(
+        self, rows: list[int], texts: list[int] | None = None, dropout: float = 0.0, random: Random | None = None
+    ) -> Batch:
         """Sentences together.
 
         Args:
             rows: which.
             texts: rows whose texts are said to be theirs; None for their own.
             dropout: of merges of the text tokenizer.
+            random: what they are drawn with; None to leave out none.
         """
-        tokens = [self.tokens(row, dropout) for row in texts or rows]
+        tokens = [self.tokens(row, dropout, random) for row in texts or rows]
         parts = [(self.starts[row], self.starts[row] + len(self.codes[row])) for row in rows]
         return Batch(
             torch.tensor([list(VOICES).index(self.voices[row]) for row in rows]),
@@ -117,12 +128,32 @@ class Data:
             torch.from_numpy(np.concatenate([self.mels[start:end] for start, end in parts])),
         )
 
-    def tokens(self, row: int, dropout: float = 0.0) -> list[int]:
+    def tokens(self, row: int, dropout: float = 0.0, random: Random | None = None) -> list[int]:
         """The text of a sentence as tokens between start and stop token."""
         tokenizer = self.tokenizer.tokenizer
-        tokenizer.model.dropout = dropout or None
-        ids: list[int] = tokenizer.encode("[en]" + self.texts[row].replace(" ", "[SPACE]")).ids
-        return [tokenizer.token_to_id("[START]"), *ids, 0]
+        if random is None:
+            ids: list[int] = tokenizer.encode("[en]" + self.texts[row].replace(" ", "[SPACE]")).ids
+            return [tokenizer.token_to_id("[START]"), *ids, 0]
+        pieces = ["[START]", "[en]"]
+        for number, word in enumerate(self.texts[row].split(" ")):
+            pieces += ["[SPACE]"] * (number > 0)
+            for part, _ in tokenizer.pre_tokenizer.pre_tokenize_str(word):
+                pieces += self._merged(part, dropout, random)
+        return [*map(tokenizer.token_to_id, pieces), 0]
+
+    def _merged(self, word: str, dropout: float, random: Random) -> list[str]:
+        """The pieces of a word by BPE with dropout: any merge that is possible is left out with that probability.
+
+        The generator of `tokenizers`, which can do this, too, cannot be seeded.
+        """
+        pieces = list(word)
+        while True:
+            possible = [(self.ranks[pair], place) for place, pair in enumerate(pairwise(pieces)) if pair in self.ranks]
+            kept = [merge for merge in possible if random.random() >= dropout]
+            if not kept:
+                return pieces
+            place = min(kept)[1]
+            pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]
 
     def places(self, tokens: list[int]) -> Tensor:
         """Where in a sentence its tokens (T,) are said, from 0 to 1, if every letter takes as long."""
@@ -284,7 +315,8 @@ class Trainer:
         size = int(torch.randint(*REFERENCE, ())) if self.gpt.training else REFERENCE[1]
         number = int(torch.randint(len(pool), ())) if self.gpt.training else 0
         start = int(torch.randint(0, pool.shape[2] - size + 1, ())) if self.gpt.training else 0
-        return self.gpt.get_style_emb(pool[number : number + 1, :, start : start + size])[0].t()
+        style: Tensor = self.gpt.get_style_emb(pool[number : number + 1, :, start : start + size])
+        return style[0].t()
 
     @torch.no_grad()
     def held_out(self) -> str:
@@ -310,7 +342,7 @@ def go_on(gpt: Any, saved: dict[str, Tensor]) -> None:
     """Take saved weights, which may be those of fewer layers: what is added passes everything on at first."""
     known = layers_of(saved)
     if known > len(gpt.gpt.h):
-        raise ValueError(f"gpt.pt has {known} layers; --layers asks for {len(gpt.gpt.h)}, and none can be taken away")
+        raise SystemExit(f"gpt.pt has {known} layers; --layers asks for {len(gpt.gpt.h)}, and none can be taken away")
     for block in gpt.gpt.h[known:]:
         for layer in (block.attn.c_proj, block.mlp.c_proj):
             nn.init.zeros_(layer.weight)
@@ -359,8 +391,9 @@ def train(
     short = 0.0 if (work / "gpt.pt").exists() else 0.1 * steps
 
     def made(process: int, processes: int) -> Iterator[Batch]:
+        random = Random(f"{seed} {process}")
         for rows in islice(batches(data, seed, short, positions), process, None, processes):
-            yield data.batch(rows, dropout=dropout)
+            yield data.batch(rows, dropout=dropout, random=random)
 
     start, mean = time.time(), torch.zeros(4, device=device)
     for step, batch in enumerate(loader(made, workers), 1):
@@ -389,15 +422,20 @@ def train(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--steps", type=int, default=7500)
-    parser.add_argument("--minutes", type=float, help="to train for, however many steps that are")
-    parser.add_argument("--rate", type=float, default=1.5e-3, help="of learning, at most")
+    parser.add_argument("--steps", type=whole(1), default=7500)
+    parser.add_argument("--minutes", type=positive, help="to train for, however many steps that are")
+    parser.add_argument("--rate", type=positive, default=1.5e-3, help="of learning, at most")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--layers", type=int, default=ARGS["gpt_layers"], help="no fewer than what is there has")
-    parser.add_argument("--dropout", type=float, default=0.15, help="of merges of the text tokenizer")
+    parser.add_argument(
+        "--layers",
+        type=whole(max(GUIDED) + 1),
+        default=ARGS["gpt_layers"],
+        help="no fewer than what is there has (default: %(default)s)",
+    )
+    parser.add_argument("--dropout", type=fraction, default=0.15, help="of merges of the text tokenizer")
     parser.add_argument("--spectrograms", type=float, default=0.5, help="what their error weighs")
     parser.add_argument("--guidance", type=float, default=0.3, help="what it weighs to look astray, at first")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--workers", type=int, default=0, help="processes that make batches")
-    parser.add_argument("--positions", type=int, default=1600, help="of a batch")
+    parser.add_argument("--workers", type=whole(0), default=0, help="processes that make batches")
+    parser.add_argument("--positions", type=whole(1), default=1600, help="of a batch")
     train(**vars(parser.parse_args()))

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torchaudio
+from arguments import check_files, positive, whole
 from data import HELD_OUT, RATE, VOICES
 from gpt import Batch, Data, loader
 from model import SOUNDS, START, STOP, STRIDE, VOCODER_CHANNELS, VOCODER_HIDDEN, latents, layers_of, make_gpt
@@ -36,6 +37,7 @@ class Speech:
     """Latents of the GPT, teacher-forced, and the audio that they stand for."""
 
     def __init__(self, work: Path, seed: int, device: str) -> None:
+        check_files(work, "vocab.json", "gpt.pt")
         self.path = work / "gpt.pt"
         self.data = Data.load(work)
         self.references = {name: pool.to(device) for name, pool in self.data.references.items()}
@@ -62,7 +64,8 @@ class Speech:
     def _voice(self, name: str) -> Tensor:
         pool = self.references[name]
         some = pool[self.random.integers(0, len(pool), 4).tolist()]
-        return self.gpt.get_style_emb(some[..., : self.random.integers(172, 346)]).transpose(1, 2)
+        style: Tensor = self.gpt.get_style_emb(some[..., : self.random.integers(172, 346)])
+        return style.transpose(1, 2)
 
     def sentences(self, count: int, process: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
         """Without end: ``count`` sentences, at which code (B,) an example of each begins, its audio (B, N)."""
@@ -79,7 +82,7 @@ class Speech:
     @torch.no_grad()
     def examples(self, batch: Batch, starts: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
         """Latents (B, D, SEGMENT) and audio (B, SAMPLES) at 24 kHz."""
-        batch, starts, audio = (part.to(self.device) for part in (batch, starts, audio))
+        batch, starts, audio = batch.to(self.device), starts.to(self.device), audio.to(self.device)
         lengths = batch.lengths + 1
         codes = F.pad(batch.codes, (1, 0), value=START)
         voices = 4 * batch.whose + torch.randint(0, 4, batch.whose.shape, device=self.device)
@@ -177,6 +180,9 @@ def flatten(network: Any) -> None:
 def go_on(network: Any, saved: dict[str, Tensor]) -> None:
     """Take saved weights, which may have fewer channels in front of the first stage: others are unheard at first."""
     state = network.state_dict()
+    known, hidden = len(saved["conv_pre.bias"]), len(state["conv_pre.bias"])
+    if known > hidden:
+        raise SystemExit(f"vocoder.pt has {known} channels; --hidden asks for {hidden}, and none can be taken away")
     for name, part in saved.items():
         if part.shape != state[name].shape and name.startswith(("ups.0.parametrizations.weight.original0", "cond_")):
             state[name].zero_()  # the lengths of weights of added channels, and what they are told of the speaker
@@ -247,12 +253,17 @@ def train(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--minutes", type=float, help="to train for, however many steps that are")
-    parser.add_argument("--rate", type=float, default=1.2e-3, help="of learning, at most")
+    parser.add_argument("--steps", type=whole(1), default=2500)
+    parser.add_argument("--minutes", type=positive, help="to train for, however many steps that are")
+    parser.add_argument("--rate", type=positive, default=1.2e-3, help="of learning, at most")
     parser.add_argument("--seed", type=int, default=5)
-    parser.add_argument("--hidden", type=int, default=VOCODER_HIDDEN, help="channels in front of the first stage")
+    parser.add_argument(
+        "--hidden",
+        type=whole(1, VOCODER_HIDDEN),
+        default=VOCODER_HIDDEN,
+        help="channels in front of the first stage, no fewer than what is there has (default: %(default)s)",
+    )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--workers", type=int, default=0, help="processes that make batches")
-    parser.add_argument("--batch", type=int, default=4, help="segments of a step")
+    parser.add_argument("--workers", type=whole(0), default=0, help="processes that make batches")
+    parser.add_argument("--batch", type=whole(1), default=4, help="segments of a step")
     train(**vars(parser.parse_args()))
