@@ -29,7 +29,7 @@ from neuron_xtts.backends.neuron.lowering import Product
 from neuron_xtts.buckets import Bucket, Buckets, bucket_name
 from neuron_xtts.coqui.constants import STREAM_CHUNK, seconds_of
 from neuron_xtts.graphs.catalogue import CATALOGUE, GRAPHS
-from neuron_xtts.graphs.transformer import OUTPUTS
+from neuron_xtts.graphs.transformer import StatefulPrefill
 from neuron_xtts.tables import markdown
 
 
@@ -338,7 +338,10 @@ class Predictor:
         cycles = self.variant.passes * (best + at[TILING] * (worst - best))
         moved, states = counted.inputs + counted.results, len(counted.states)
         if graph == "prefill" and self.variant.handed_over:
-            moved, states = counted.inputs + counted.results[:OUTPUTS], len(counted.results[OUTPUTS:])
+            moved, states = (
+                counted.inputs + counted.results[: StatefulPrefill.outputs],
+                len(counted.results[StatefulPrefill.outputs :]),
+            )
         call = at[CALL] + (len(moved) + 2 * states) * at[PER_TENSOR] / 1e3 + sum(moved) / at[LINK] / 1e6
         return traffic / at[self.core.bandwidth] / 1e6, cycles / at[self.core.clock] / 1e6, call
 

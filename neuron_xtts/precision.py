@@ -81,7 +81,10 @@ class Tolerance:
     pcc: float
 
 
-_TOLERANCES = {_EXACT: Tolerance(1e-3, 0.9999), _MATMULT_BF16: Tolerance(0.1, 0.995), _ALL_BF16: Tolerance(0.2, 0.98)}
+_TOLERANCES = {_EXACT: Tolerance(1e-3, 0.9999), _MATMULT_BF16: Tolerance(0.1, 0.999), _ALL_BF16: Tolerance(0.2, 0.98)}
+# What rounding alone makes of the same graphs, computed on the host by experiments/rounding.py, is off by a fifth of this
+# at most.
+_WITH_BF16_WEIGHTS = Tolerance(0.1, 0.999)
 # A whole model in fp32 is reported to be off by 3.6e-6 on trn1, but by 1.4e-3 to 3.8e-3 on trn2.
 _EXACT_ON_TRN2 = Tolerance(1e-2, 0.9999)
 
@@ -147,7 +150,11 @@ class Precision:
         """
         added = re.search(r"--auto-cast[= ](all|matmult)", self.arguments.get(graph, ""))
         casts = {"all": _ALL_BF16, "matmult": _MATMULT_BF16}[added[1]] if added else self.casts(graph)
-        return _EXACT_ON_TRN2 if casts == _EXACT and target == "trn2" else _TOLERANCES[casts]
+        if casts != _EXACT:
+            return _TOLERANCES[casts]
+        if self.rounds(graph):
+            return _WITH_BF16_WEIGHTS
+        return _EXACT_ON_TRN2 if target == "trn2" else _TOLERANCES[_EXACT]
 
 
 def has_small_kernel_defect(compiler: str) -> bool:
