@@ -499,14 +499,18 @@ PLANS = (
 )
 
 
+# Without those that move caches: they have no weights, and no sentence has more than one run of them.
+COUNTED = tuple(graph for graph in GRAPHS if CATALOGUE[graph].between is None)
+
+
 def plan_table(counts: Counts) -> str:
     """What those plans that the file has all graphs of cost and gain, in fp32 on one core of inf2."""
     rows, (prefix, codes) = [], SENTENCES[0]
     for plan in PLANS:
-        if lacking(counts, plan, GRAPHS):
+        if lacking(counts, plan, COUNTED):
             continue
         sizes = [", ".join(map(str, getattr(plan, field))) or "-" for field in FIELDS]
-        graphs = [counts[graph, bucket] for graph in GRAPHS for bucket in plan.buckets(graph)]
+        graphs = [counts[graph, bucket] for graph in COUNTED for bucket in plan.buckets(graph)]
         disk = sum(graph.weights + sum(graph.states) for graph in graphs) / 2**30
         total = disk + MICROCODE / 2**30
         gpt = Predictor(counts, INF2, EXACT, corners(INF2), plan)

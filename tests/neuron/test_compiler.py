@@ -562,7 +562,7 @@ def test_commands(neuron, compiled, tmp_path, capsys):
     assert capsys.readouterr().out.count("found") == 8
     assert small(["graphs"], store) == 0
     out = capsys.readouterr().out
-    assert "7 artifacts" in out
+    assert "8 artifacts" in out
     assert out.count("verified") == 8
     assert small(["doctor", "--small"], store, *sizes) == 0
     out = capsys.readouterr().out
