@@ -583,7 +583,7 @@ def test_commands(neuron, compiled, tmp_path, capsys):
     assert {(entry["recipe"]["graph"], entry["state"]) for entry in listed} >= {("decode", "wrong results")}
     assert small(["graphs", "--prune"], store) == 0
     assert capsys.readouterr().out.count("removed") == 2
-    assert len(list(Store(store))) == 5
+    assert len(list(Store(store))) == 6
 
 
 def test_prune_what_other_versions_made(neuron, compiled, tmp_path, monkeypatch, capsys):

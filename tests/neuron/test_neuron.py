@@ -164,8 +164,11 @@ def test_weights_in_bf16(xtts, voice, neuron, tmp_path, compiled):
     for found in Store(tmp_path):
         assert found.manifest["recipe"]["precision"] == "bf16"
         assert found.manifest["bytes"] < 0.8 * exact[found.folder.name.partition("-")[0]]
-        assert 1e-5 < found.manifest["verification"]["error"] < 0.02  # of the 0.1 that there may be
+        assert found.manifest["verification"]["error"] < 2e-3  # against the same rounding
+        found.record(verification=None)
     neuron_xtts.patch(xtts, **options)
+    for found in Store(tmp_path):
+        assert 1e-5 < found.manifest["verification"]["error"] < 0.02  # against the model, of the 0.1 that there may be
     said, _ = speak(xtts, voice, **exactly(20))
     assert np.isfinite(said["wav"]).all()
     report = neuron_xtts.report(xtts)
