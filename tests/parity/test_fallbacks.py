@@ -505,7 +505,7 @@ def test_other_gpt2(xtts, voice):
     reason = "GPT-2 with activation_function='relu'"
     assert all_fallbacks(xtts) == {"GPT.generate": {reason: 1}, "GPT.forward": {reason: 1}}
     report = neuron_xtts.report(xtts)
-    assert report.missing == dict.fromkeys(("prefill", "decode", "latents"), reason)
+    assert report.missing == dict.fromkeys(("prefill", "decode", "move", "latents"), reason)
     assert f"no decode graph: {reason}" in str(report)
     assert report.routes["HifiDecoder.forward"].served == 1
 
