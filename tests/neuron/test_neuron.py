@@ -561,6 +561,25 @@ def test_buckets_that_do_not_follow_each_other(xtts, voice, patch, spoiled, monk
     assert set(neuron_xtts.report(xtts).graphs["decode"]) == {"1x128"}
 
 
+def test_an_error_while_buckets_are_tried(xtts, voice, patch, spoiled, monkeypatch):
+    """It says nothing of the artifact, which the next process tries again."""
+    found = artifact(spoiled, "decode-1x80")
+    found.record(rehearsed=None)
+    theirs = speak(xtts, voice, **exactly(CODES))
+
+    def fail(*args):
+        raise RuntimeError("the device is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(NeuronState, "step", fail)
+        patch(xtts, store=spoiled.root)
+    assert neuron_xtts.report(xtts).missing == {"decode 1x80": "RuntimeError: the device is gone"}
+    assert artifact(spoiled, "decode-1x80").quarantined is None
+    patch(xtts, store=spoiled.root, strict=True)
+    assert neuron_xtts.report(xtts).missing == {}
+    assert_same_speech(speak(xtts, voice, **exactly(CODES)), theirs)
+
+
 def test_a_store_that_cannot_be_written(xtts, patch, spoiled, monkeypatch, caplog):
     """One that many machines share: artifacts are verified, the result is not kept."""
     artifact(spoiled, "prefill-64").record(verification=None)

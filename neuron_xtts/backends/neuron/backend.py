@@ -91,6 +91,8 @@ class NeuronBackend:
                 self._loaded[recipe.graph, recipe.bucket] = loaded
         for bucket in reversed(self._buckets("decode")):  # the last ones first: others go on there
             self._rehearse(bucket, precision)
+        if self.over_host:
+            logger.warning("caches go by way of the host: %s", self.over_host)
         if self.unavailable:
             lines = "".join(
                 f"\n  {graph} {bucket_name(b)}: {reason}" for (graph, b), reason in self.unavailable.items()
@@ -132,8 +134,8 @@ class NeuronBackend:
     def _rehearse(self, bucket: Bucket, precision: Precision) -> None:
         """Decode from every prefill on in a bucket, and from there on in the next ones, unless that was done before.
 
-        Where caches that stay on the device give wrong results, or errors, they go by way of the host from now on; what
-        is wrong then, too, is quarantined.
+        Where caches that stay on the device give wrong results, or errors, they go by way of the host from now on. What
+        gives wrong results then, too, is quarantined; what gives errors is not to be had in this process.
         """
         artifact = self._loaded["decode", bucket].artifact
         ways = [(bucket, other) for other in next_buckets(bucket, self._buckets("decode"))]
@@ -143,16 +145,28 @@ class NeuronBackend:
         if known.get("with") == names:
             self.over_host = self.over_host or known["over host"]
             return
-        wrong = None if self.over_host else self._wrong(bucket, ways, precision)
+        wrong = error = None
+        if not self.over_host:
+            wrong, error = self._tried(bucket, ways, precision)
+            self.over_host = wrong or error
+        if self.over_host:
+            wrong, error = self._tried(bucket, ways, precision)
         if wrong:
-            logger.warning("decode %s: %s; caches go by way of the host", bucket_name(bucket), wrong)
-            self.over_host = wrong
-        if self.over_host and (wrong := self._wrong(bucket, ways, precision)):
             artifact.record(quarantined=wrong)
-            self.unavailable["decode", bucket] = wrong
+        if reason := wrong or error:
+            self.unavailable["decode", bucket] = reason
             del self._loaded["decode", bucket]
         else:
             artifact.record(rehearsed={"with": names, "over host": self.over_host})
+
+    def _tried(
+        self, bucket: Bucket, ways: Sequence[tuple[Bucket, ...]], precision: Precision
+    ) -> tuple[str | None, str | None]:
+        """What is wrong with decoding in a bucket, and what error kept that from being known."""
+        try:
+            return self._wrong(bucket, ways, precision), None
+        except Exception as error:
+            return None, first_line(error)
 
     @torch.no_grad()
     def _wrong(self, bucket: Bucket, ways: Sequence[tuple[Bucket, ...]], precision: Precision) -> str | None:
@@ -167,12 +181,9 @@ class NeuronBackend:
                 filled = min(int(inputs["last"]) + 1, bucket[1] - len(way))  # so that there is room for their steps
                 inputs["last"].fill_(filled - 1)
                 _, _, *known = prefill(*inputs.values())
-                try:
-                    _, _, *ours = self.run("prefill", length, *inputs.values())
-                    caches = KeysAndValues.split(ours), KeysAndValues.split(known)
-                    steps = list(rehearsal(self.new_state(*bucket), decode, way, *caches, filled))
-                except Exception as error:
-                    return first_line(error)
+                _, _, *ours = self.run("prefill", length, *inputs.values())
+                caches = KeysAndValues.split(ours), KeysAndValues.split(known)
+                steps = list(rehearsal(self.new_state(*bucket), decode, way, *caches, filled))
                 if reason := next(filter(None, (step.beyond(tolerance) for step in steps)), None):
                     return reason
         return None
@@ -406,6 +417,7 @@ class NeuronState:
 
     def grow(self, slots: int, capacity: int, positions: Sequence[int]) -> None:
         """See `DecodeState.grow`."""
+        self._length = max(positions, default=0)
         move = self._move(self._bucket, (slots, capacity))
         if move is not None and self.on_device and not self._backend.over_host:
             self._check_owner()
@@ -414,10 +426,8 @@ class NeuronState:
             self._arrive(moved)
         else:
             contents = self._read()
-            self._length = max(positions, default=0)
             self._enter((slots, capacity))
             self._copy_to_host(contents)
-        self._length = max(positions, default=0)
 
     def lift(self, slot: int, length: int) -> list[Tensor]:
         """See `DecodeState.lift`."""
