@@ -500,7 +500,7 @@ PLANS = (
 
 
 # Without those that move caches: they have no weights, and no sentence has more than one run of them.
-COUNTED = tuple(graph for graph in GRAPHS if CATALOGUE[graph].between is None)
+COUNTED = tuple(graph for graph in GRAPHS if not CATALOGUE[graph].moves)
 
 
 def plan_table(counts: Counts) -> str:

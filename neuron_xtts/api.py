@@ -127,7 +127,8 @@ def compile(
     if options.neuron is None:
         return summary
     start = time.monotonic()
-    graphs, summary.missing = make_graphs(Networks.of(xtts))
+    graphs, unfit = make_graphs(Networks.of(xtts))
+    summary.missing = {name: reason for name, reason in unfit.items() if options.static_plan.wants(name)}
     check_exact(graphs)
     summary.store = options.store.root
     summary.entries, summary.canary = compile_all(

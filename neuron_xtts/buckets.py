@@ -13,6 +13,9 @@ from neuron_xtts.graphs.catalogue import CATALOGUE
 Sizes = tuple[int, ...] | None
 Bucket = tuple[int, ...]
 
+#: Graphs that decode: one code in a call, or several.
+DECODERS = ("decode", "codes")
+
 
 @dataclass(frozen=True)
 class BucketPlan:
@@ -31,6 +34,8 @@ class BucketPlan:
         vocoder: frames per window, halo included (1 frame = 256 samples at 24 kHz).
         conditioning: frames of mel spectrogram of a reference chunk (1 frame = 256 samples at 22.05 kHz). It cannot
             be padded: a size serves chunks of exactly that length.
+        steps: codes that one call of a compiled graph decodes. Several are drawn on the device, and the host looks for
+            the end between calls: what was decoded beyond it is lost. The host backend decodes one, whatever this is.
     """
 
     prefill: Sizes = None
@@ -39,11 +44,14 @@ class BucketPlan:
     latents: Sizes = None
     vocoder: Sizes = None
     conditioning: Sizes = None
+    steps: int = 1
 
     def __post_init__(self) -> None:
+        if type(self.steps) is not int or self.steps < 1:
+            raise ValueError(f"BucketPlan.steps is {self.steps!r}; expected a positive whole number")
         for field in fields(self):
             sizes = getattr(self, field.name)
-            if sizes is None:
+            if sizes is None or field.name == "steps":
                 continue
             if not isinstance(sizes, (tuple, list)) or not all(type(size) is int and size > 0 for size in sizes):
                 raise ValueError(
@@ -75,25 +83,38 @@ class BucketPlan:
 
     def dimensions(self, graph: str) -> tuple[Sizes, ...]:
         """The sizes of each dimension of a graph's buckets, as `GraphSpec.dimensions` names them."""
-        return tuple(getattr(self, field) for field in CATALOGUE[graph].dimensions)
+        names = CATALOGUE[graph].dimensions
+        other = graph in DECODERS and graph != self.decoder
+        return tuple(() if other else getattr(self, name) for name in names)
+
+    @property
+    def decoder(self) -> str:
+        """The graph that decodes."""
+        return DECODERS[self.steps > 1]
+
+    def wants(self, graph: str) -> bool:
+        """Whether it has sizes, or exact ones, for a graph."""
+        return () not in self.dimensions(graph)
 
     def buckets(self, graph: str) -> list[Bucket]:
         """Every bucket of a graph, smallest first; none where a dimension is exact."""
-        if between := CATALOGUE[graph].between:
-            return self._moves(between)
+        if CATALOGUE[graph].moves:
+            return self._moves()
         return list(product(*(sizes or () for sizes in self.dimensions(graph))))
 
     def room(self, graph: str, bucket: Bucket) -> Bucket:
-        """The size of a graph's state in a bucket, where the bucket itself does not say it; else nothing."""
+        """What a graph is made for beside its bucket: the size of its state, or the steps of a call; else nothing."""
         dimension = CATALOGUE[graph].room
+        if CATALOGUE[graph].draws:
+            return (self.steps,)
         if dimension is None:
             return ()
         sizes: Sizes = getattr(self, dimension)
         return (next((size for size in sizes or () if size > bucket[0]), bucket[0] + 1),)
 
-    def _moves(self, graph: str) -> list[Bucket]:
-        """From the states of others into every bucket of a graph that holds them, and from there into the next ones."""
-        buckets = self.buckets(graph)
+    def _moves(self) -> list[Bucket]:
+        """From prefill's states into every bucket of decoding that holds them, and from there into the next ones."""
+        buckets = self.buckets(self.decoder)
         handed_over = {(1, *self.room("prefill", prefill)) for prefill in self.buckets("prefill")}
         joining = {(state, bucket) for state in handed_over for bucket in buckets if bucket[1] >= state[1]}
         growing = {(bucket, other) for bucket in buckets for other in next_buckets(bucket, buckets)}

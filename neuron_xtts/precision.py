@@ -127,6 +127,8 @@ class Precision:
 
     def casts(self, graph: str) -> tuple[str, ...]:
         """The flags for automatic casts of one graph."""
+        if CATALOGUE[graph].draws:
+            return _EXACT
         return _CASTS[self.name].get(CATALOGUE[graph].family, _EXACT)
 
     def compiler_arguments(self, graph: str, target: str, compiler: str) -> tuple[str, ...]:

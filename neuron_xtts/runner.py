@@ -11,7 +11,7 @@ from torch import Tensor
 from neuron_xtts.backends import Backend, DecodeState
 from neuron_xtts.buckets import Bucket, BucketPlan, Buckets, bucket_name
 from neuron_xtts.coqui.hooks import is_hooked
-from neuron_xtts.coqui.recognise import RECOGNISERS
+from neuron_xtts.coqui.recognise import RECOGNISERS, code_tables
 from neuron_xtts.coqui.surface import Networks
 from neuron_xtts.coqui.weights import stamp, tensors_of
 from neuron_xtts.errors import Fallback
@@ -55,7 +55,7 @@ class Runner:
     ) -> None:
         self.networks = networks
         self._graphs = graphs
-        self._unfit = dict(unfit)
+        self._unfit = {name: reason for name, reason in unfit.items() if backend.plan.wants(name)}
         self.halo = halo_of(graphs.values())
         check_windows(backend.plan, self.halo)
         self.backend = backend
@@ -64,6 +64,7 @@ class Runner:
         self._counters = counters
         families = {CATALOGUE[name].family for name in graphs}
         self._made_of = {family: RECOGNISERS[family].made_of(networks) for family in families}
+        self._tables = code_tables(networks.gpt) if "codes" in graphs else None
 
     def require(self, *graphs: str) -> None:
         """Raise `Fallback` unless these graphs are to be had, made of the modules that the model has now."""
@@ -73,13 +74,24 @@ class Runner:
             if graph in self._unfit:
                 raise Fallback(self._unfit[graph])
             family = CATALOGUE[graph].family
-            if not RECOGNISERS[family].still_made_of(self._made_of[family], self.networks):
+            same = RECOGNISERS[family].still_made_of(self._made_of[family], self.networks)
+            if not same or (CATALOGUE[graph].draws and code_tables(self.networks.gpt) != self._tables):
                 raise Fallback("the model's modules were replaced after patch()")
             self.backend.check(graph, self.turns.take)
 
-    def identity(self, graph: str) -> Hashable:
-        """What the results of a graph depend on beside its inputs: modules, their hooks and weights."""
-        module = self._graphs[graph]
+    @property
+    def decoder(self) -> str:
+        """The graph that decodes, `BucketPlan.steps` codes in a call."""
+        return self.backend.plan.decoder
+
+    @property
+    def steps(self) -> int:
+        """Codes that one call of it decodes."""
+        return self.backend.plan.steps
+
+    def identity(self) -> Hashable:
+        """What decoding depends on beside its inputs: modules, their hooks and weights."""
+        module = self._graphs[self.decoder]
         modules = list(module.modules())
         return tuple(map(id, modules)), tuple(map(is_hooked, modules)), stamp(tensors_of(module))
 
@@ -100,13 +112,18 @@ class Runner:
         return self.backend.new_state(slots, capacity)
 
     def step(
-        self, state: DecodeState, bucket: Bucket, embeds: Tensor, slots: Sequence[int], positions: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Run a decode step in a bucket; see `DecodeState.step`."""
+        self,
+        state: DecodeState,
+        bucket: Bucket,
+        given: Sequence[Tensor],
+        slots: Sequence[int],
+        positions: Sequence[int],
+    ) -> tuple[Tensor, ...]:
+        """Run the graph that decodes in a bucket; see `DecodeState.step`."""
         start = time.perf_counter()
-        outputs = state.step(embeds, slots, positions, bucket[1])
+        outputs = state.step(given, slots, positions, bucket[1])
         used = sum(positions[slot] + 1 for slot in slots)
-        self._count("decode", bucket, start, used, used if None in self.buckets.plan.dimensions("decode") else None)
+        self._count(self.decoder, bucket, start, used, used if None in self.buckets.plan.dimensions("decode") else None)
         return outputs
 
     def missing(self) -> dict[str, str]:

@@ -42,17 +42,20 @@ class DecodeState(Protocol):
     def clear(self, slot: int, length: int) -> None:
         """Put zeros into the first ``length`` positions of a slot."""
 
-    def step(self, embeds: Tensor, slots: Sequence[int], positions: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
-        """Run one decode step of some rows; the others stay as they are.
+    def step(
+        self, given: Sequence[Tensor], slots: Sequence[int], positions: Sequence[int], width: int
+    ) -> tuple[Tensor, ...]:
+        """Run the graph that decodes for some rows; the others stay as they are.
 
         Args:
-            embeds: (R, 1, D) of the latest codes of R rows.
+            given: of R rows, all that it takes but positions: of ``decode`` the embeds (R, 1, D) of their latest codes,
+                of ``codes`` what `Codes.forward` says.
             slots: of these rows.
             positions: of every slot, that its next step writes; 0 where there is no row.
             width: positions that the step may see.
 
         Returns:
-            latents (R, D) and logits (R, V).
+            its outputs for these rows: of ``decode`` latents (R, D) and logits (R, V).
         """
 
     def cached(self, slot: int, length: int) -> KeysAndValues:

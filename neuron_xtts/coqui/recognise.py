@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from neuron_xtts.coqui.hooks import check_unhooked
-from neuron_xtts.coqui.surface import Networks
+from neuron_xtts.coqui.surface import Gpt, Networks
 from neuron_xtts.errors import Fallback
 from neuron_xtts.graphs.catalogue import CATALOGUE, TransformerParts
+from neuron_xtts.graphs.codes import CodeTables
 from neuron_xtts.graphs.conditioning import Encoder, Perceiver
 from neuron_xtts.graphs.operators import Graph
 from neuron_xtts.graphs.transformer import Trunk
@@ -56,8 +58,12 @@ def make_graphs(networks: Networks) -> tuple[dict[str, Graph], dict[str, str]]:
             parts = recogniser.parts(networks)
         except Fallback as fallback:
             unfit |= {spec.name: str(fallback) for spec in members}
-        else:
-            graphs |= {spec.name: spec.build(parts) for spec in members}
+            continue
+        for spec in members:
+            try:
+                graphs[spec.name] = spec.build(parts)
+            except Fallback as fallback:
+                unfit[spec.name] = str(fallback)
     return graphs, unfit
 
 
@@ -82,7 +88,18 @@ def transformer_parts(networks: Networks) -> TransformerParts:
             raise Fallback(f"GPT-2 with {name}={getattr(trunk.config, name)!r}")
     if not isinstance(gpt.mel_pos_embedding, nn.Module):
         raise Fallback("a GPT without learned positions")
-    return TransformerParts(Trunk(trunk, gpt.final_norm, gpt.heads), gpt.mel_head)
+    return TransformerParts(Trunk(trunk, gpt.final_norm, gpt.heads), gpt.mel_head, partial(code_tables, gpt))
+
+
+def code_tables(gpt: Gpt) -> CodeTables:
+    """What codes are embedded by, looked up in tables."""
+    _check_class(gpt.mel_pos_embedding, "LearnedPositionEmbeddings")
+    tables = gpt.mel_embedding, gpt.mel_pos_embedding.emb
+    for table in tables:
+        _check_class(table, "Embedding")
+        if table.max_norm is not None:
+            raise Fallback("embeddings of codes with a largest norm")
+    return CodeTables(*tables, gpt.stop_audio_token)
 
 
 def check_transformer(networks: Networks) -> None:

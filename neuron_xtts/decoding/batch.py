@@ -91,27 +91,24 @@ class Batch:
         latents, logits = (torch.cat(tensors) for tensors in zip(*outputs, strict=True))
         return latents.repeat_interleave(copies, 0), logits.repeat_interleave(copies, 0)
 
-    def step(self, rows: Sequence[Row], embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the next position of ``rows``; whoever else has a slot stays as it is.
+    def step(self, rows: Sequence[Row], given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Write the next positions of ``rows``, from where they are; whoever else has a slot stays as it is.
 
         Args:
             rows: that were admitted.
-            embeds: (rows, 1, D) of their latest codes.
+            given: of them, as `DecodeState.step` takes it.
 
         Returns:
-            latents (rows, D) and logits (rows, V) of that position.
+            what that returns.
 
         Raises:
             Fallback: no bucket holds them.
         """
         slots = [_slot(row) for row in rows]
         positions = self._positions()
-        state = self._make_room(0, max(positions) + 1)
-        bucket = self._bucket(len(positions), max(positions) + 1, exact=1)
-        latents, logits = self._runner.step(state, bucket, embeds, slots, positions)
-        for row in rows:
-            row.position += 1
-        return latents, logits
+        state = self._make_room(0, self._next())
+        bucket = self._bucket(len(positions), self._next(), exact=1)
+        return self._runner.step(state, bucket, given, slots, positions)
 
     def park(self, rows: Sequence[Row]) -> list[Parked]:
         """Take rows out, with what was written for them."""
@@ -132,9 +129,9 @@ class Batch:
             state.put(self._take_slot(each.row), each.contents, each.row.position)
 
     def widen(self) -> None:
-        """Have the state hold the next position of every row. Raises `Fallback` if no bucket does."""
+        """Have the state hold the next positions of every row. Raises `Fallback` if no bucket does."""
         if self.rows:
-            self._make_room(0, max(self._positions()) + 1)
+            self._make_room(0, self._next())
 
     def longest(self) -> Row | None:
         """The row at the greatest position, whether it steps or waits."""
@@ -144,7 +141,7 @@ class Batch:
         """Put zeros in place of whatever was written for rows, as where numbers are not finite."""
         assert self._state is not None
         for row in rows:
-            self._state.clear(_slot(row), row.position)
+            self._state.clear(_slot(row), min(row.position + self._runner.steps, self._state.capacity))
 
     def release(self, rows: Sequence[Row]) -> None:
         """Free the slots of rows; those of them that have none are passed over."""
@@ -169,6 +166,11 @@ class Batch:
         """Of every slot, that its next step writes."""
         return [0 if row is None else row.position for row in self._slots]
 
+    def _next(self) -> int:
+        """Positions up to the last one that is of use in the next call of the graph that decodes."""
+        steps = self._runner.steps
+        return max(row.position + min(steps, row.wanted) if row else 1 for row in self._slots)
+
     def _make_room(self, rows: int, positions: int) -> DecodeState:
         """The state, with so many free slots, and so many positions in every slot."""
         held = self._positions()
@@ -186,7 +188,7 @@ class Batch:
         """A bucket that holds so many, with no fewer positions than the state's if those are a bucket's."""
         if self._runner.buckets.plan.decode is not None:
             positions = max(positions, self._width)
-        slots, width = self._runner.buckets.choose("decode", slots, positions, exact=exact)
+        slots, width = self._runner.buckets.choose(self._runner.decoder, slots, positions, exact=exact)
         return slots, width
 
     def _take_slot(self, row: Row) -> int:

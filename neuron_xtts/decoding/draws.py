@@ -72,6 +72,34 @@ class Draws:
 DRAWS = Draws()
 
 
+class Waits:
+    """What codes are drawn with on a device, several of a row ahead of them; what was not needed is given back.
+
+    Args:
+        source: of one call; None for one that does not draw.
+        rows: of the call.
+        steps: ahead, N.
+        vocabulary: codes that there are, V.
+
+    Attributes:
+        waits: (rows, N, V), step for step what ``torch.multinomial`` would draw with.
+    """
+
+    def __init__(self, source: torch.Generator | None, rows: int, steps: int, vocabulary: int) -> None:
+        self._source = source
+        self._states = [source.get_state()] if source else []
+        drawn = []
+        for _ in range(steps if source else 0):
+            drawn.append(torch.empty(rows, vocabulary).exponential_(generator=source))
+            self._states += [source.get_state()] if source else []
+        self.waits = torch.stack(drawn, dim=1) if drawn else torch.ones(rows, steps, vocabulary)
+
+    def keep(self, steps: int) -> None:
+        """Have only the first so many steps drawn; somebody else who has drawn meanwhile keeps what that gave."""
+        if self._source and torch.equal(self._source.get_state(), self._states[-1]):
+            self._source.set_state(self._states[steps])
+
+
 def any_seed() -> int:
     """A seed that nobody chose."""
     return torch.Generator().seed()

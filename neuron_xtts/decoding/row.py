@@ -31,6 +31,11 @@ class Row:
     position: int = 0
 
     @property
+    def wanted(self) -> int:
+        """Codes that may still be drawn."""
+        return self.sampler.sampling.max_new_tokens - self.drawn
+
+    @property
     def drawn(self) -> int:
         """Codes drawn so far, N: the place of the next one in the audio."""
         return len(self.ids) - self.sampler.prefix_length
@@ -54,15 +59,29 @@ def draw(rows: Sequence[Row], logits: Tensor) -> Tensor:
     for i, row in enumerate(rows):
         if row.stopped:
             codes[i] = row.sampler.stop_code
+    note(rows, codes)
+    return codes
+
+
+def note(rows: Sequence[Row], codes: Tensor) -> None:
+    """Have rows know the codes (rows,) that were drawn for them."""
+    for i, row in enumerate(rows):
         row.ids = torch.cat([row.ids, codes[i : i + 1]])
     for row, code in zip(rows, codes.tolist(), strict=True):
         row.stopped = code == row.sampler.stop_code
-    return codes
+
+
+def rules_of(rows: Sequence[Row], vocabulary: int) -> tuple[Tensor, Tensor]:
+    """How a device is to draw for rows: the codes that each had (rows, V), and its rules (rows, 7), see `Rules`."""
+    seen = torch.zeros(len(rows), vocabulary)
+    for codes, row in zip(seen, rows, strict=True):
+        codes[row.ids] = 1
+    return seen, torch.tensor([row.sampler.rules(row.drawn, vocabulary, stopped=row.stopped) for row in rows])
 
 
 def ended(rows: Sequence[Row]) -> bool:
     """Whether no row of a call wants another code: all have stopped, or enough were drawn."""
-    return rows[0].drawn == rows[0].sampler.sampling.max_new_tokens or all(row.stopped for row in rows)
+    return rows[0].wanted == 0 or all(row.stopped for row in rows)
 
 
 def codes_of(rows: Sequence[Row]) -> Tensor:

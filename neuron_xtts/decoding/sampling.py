@@ -17,6 +17,7 @@ from torch import Tensor
 
 from neuron_xtts.coqui.surface import GenerationConfig
 from neuron_xtts.errors import Fallback
+from neuron_xtts.graphs.codes import Rules
 
 # Arguments of generate() that change nothing at these values. length_penalty only matters to beam search.
 _NEUTRAL: dict[str, Any] = {
@@ -140,6 +141,25 @@ class Sampler:
     def draws(self) -> bool:
         """Whether codes are drawn, and not the likeliest taken."""
         return self.sampling.do_sample or self.sampling.draws
+
+    @property
+    def source(self) -> torch.Generator | None:
+        """What codes are drawn with, if they are drawn."""
+        return (self.generator or torch.default_generator) if self.draws else None
+
+    def rules(self, drawn: int, vocabulary: int, *, stopped: bool) -> Rules:
+        """How a row draws on a device that has drawn so many codes."""
+        sampling = self.sampling
+        samples = sampling.do_sample
+        return Rules(
+            penalty=sampling.repetition_penalty,
+            temperature=sampling.temperature if samples else 1.0,
+            kept=min(sampling.top_k or vocabulary, vocabulary) if samples else vocabulary,
+            cut=1 - sampling.top_p if samples and sampling.top_p < 1 else -1.0,
+            early=sampling.min_new_tokens - drawn,
+            draws=float(self.draws),
+            stopped=float(stopped),
+        )
 
     @property
     def least_length(self) -> int:

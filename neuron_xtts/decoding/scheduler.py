@@ -25,8 +25,8 @@ from neuron_xtts.coqui.constants import STREAM_CHUNK
 from neuron_xtts.coqui.embeddings import embed_codes
 from neuron_xtts.decoding.batch import Batch, Parked
 from neuron_xtts.decoding.caller import CallerGone, caller
-from neuron_xtts.decoding.draws import DRAWS
-from neuron_xtts.decoding.row import Row, draw, ended
+from neuron_xtts.decoding.draws import DRAWS, Waits
+from neuron_xtts.decoding.row import Row, draw, ended, note, rules_of
 from neuron_xtts.errors import Fallback, NotFinite, QueueFullError
 from neuron_xtts.locks import forgets
 from neuron_xtts.report import BatchCounts
@@ -185,7 +185,7 @@ class Scheduler:
 
     def _begin(self, call: Call) -> None:
         # Such as more rows than there may be slots: told before anybody waits.
-        self._runner.buckets.choose("decode", len(call.rows), call.prefix.shape[1] + 1)
+        self._runner.buckets.choose(self._runner.decoder, len(call.rows), call.prefix.shape[1] + 1)
         with self._lock:
             waiting = self._more + sum(max(other._more, 0) for other in self._all if other is not self)
             if self._more >= 0 and waiting >= self._most and not caller().patient:
@@ -330,7 +330,7 @@ class Scheduler:
         began = time.monotonic()
         try:
             if call.parked:
-                if call.identity != self._runner.identity("decode"):
+                if call.identity != self._runner.identity():
                     raise Fallback("weights changed")  # and what was kept may be in the units of others
                 self._batch.bring_back(call.parked)
                 outputs = None
@@ -377,21 +377,79 @@ class Scheduler:
 
     def _step(self, calls: Sequence[Call]) -> None:
         """One step of the rows of some calls."""
-        gpt = self._runner.networks.gpt
         rows = [row for call in calls for row in call.rows]
         codes = torch.cat([call.codes for call in calls if call.codes is not None])
+        places = [row.drawn for row in rows]
+        ahead: list[Waits] = []
         try:
-            outputs = self._batch.step(rows, embed_codes(gpt, codes, [row.drawn for row in rows]))
+            if self._runner.steps == 1:
+                outputs = self._batch.step(rows, (embed_codes(self._runner.networks.gpt, codes, places),))
+            else:
+                ahead = self._draw_ahead(calls)
+                waits = torch.cat([each.waits for each in ahead])
+                given = codes.int(), torch.tensor(places).int(), *rules_of(rows, waits.shape[2]), waits
+                outputs = self._batch.step(rows, given)
             with self._lock:
-                self._counts.steps[len(rows)] += 1
+                self._counts.steps[len(rows)] += self._runner.steps
         except Exception as error:
+            for each in ahead:
+                each.keep(0)
             if len(calls) == 1:
                 self._end(calls[0], error)
             else:  # each by itself, to see which is at fault; the longest first, for which no bucket may be left
                 for call in sorted(calls, key=lambda call: -call.rows[0].position):
                     self._step([call])
-        else:
-            self._deliver(calls, *outputs)
+            return
+        if ahead:
+            sizes = [len(call.rows) for call in calls]
+            for call, its, *found in zip(calls, ahead, *(torch.split(each, sizes) for each in outputs), strict=True):
+                self._take(call, its, *found)
+            return
+        for row in rows:
+            row.position += 1
+        self._deliver(calls, *outputs)
+
+    def _draw_ahead(self, calls: Sequence[Call]) -> list[Waits]:
+        """What the next codes of calls are drawn with on a device."""
+        shape = self._runner.steps, self._runner.networks.gpt.mel_head.out_features
+        with self._lock:  # a call that is given up has ended its claim on the global generator
+            drawing = [None if call.given_up else call.rows[0].sampler.source for call in calls]
+            if torch.default_generator in drawing:
+                DRAWS.note()
+            return [Waits(source, len(call.rows), *shape) for source, call in zip(drawing, calls, strict=True)]
+
+    def _take(self, call: Call, ahead: Waits, codes: Tensor, latents: Tensor, logits: Tensor) -> None:
+        """Let a call have what a device drew for it up to its end, by ``logits`` (rows, N, V) on the way.
+
+        Args:
+            call: it.
+            ahead: with what it was drawn.
+            codes: (rows, N).
+            latents: (rows, N, D).
+            logits: (rows, N, V).
+        """
+        used, finite = 0, True
+        with self._lock:
+            if call.given_up:
+                return
+            while used < codes.shape[1] and not (used and ended(call.rows)):
+                finite = math.isfinite(logits[:, used].sum())
+                if not finite:
+                    break
+                call.codes = codes[:, used].long()
+                note(call.rows, call.codes)
+                call.steps.append((call.codes, latents[:, used]))
+                used += 1
+            ahead.keep(used)
+        for row in call.rows:
+            row.position += used
+        if not finite:
+            self._batch.clear(call.rows)  # for whoever has their slots next
+            self._end(call, NotFinite("logits that are not finite"))
+        elif ended(call.rows):
+            self._finish(call)
+        elif call.streamed:
+            call.wake()
 
     def _deliver(self, calls: Sequence[Call], latents: Tensor, logits: Tensor) -> None:
         """Draw the next code of every row, for calls whose ``latents`` (rows, D) and ``logits`` (rows, V) these are."""
@@ -416,7 +474,7 @@ class Scheduler:
                 self._draw_now(drawing)
 
     def _draw_now(self, drawing: Sequence[_Drawing]) -> None:
-        generators = {call.rows[0].sampler.generator or torch.default_generator for call, _, _ in drawing}
+        generators = {source for call, _, _ in drawing if (source := call.rows[0].sampler.source)}
         if torch.default_generator in generators:
             DRAWS.note()
         states = [(generator, generator.get_state()) for generator in generators]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from neuron_xtts.graphs.codes import Codes, CodeTables
 from neuron_xtts.graphs.conditioning import Conditioning
 from neuron_xtts.graphs.move import Move
 from neuron_xtts.graphs.operators import Graph
@@ -20,10 +21,11 @@ from neuron_xtts.graphs.vocoder import Vocoder
 
 
 class TransformerParts(NamedTuple):
-    """What graphs of the transformer are made of."""
+    """What graphs of the transformer are made of; ``tables`` are asked for by the one that needs them."""
 
     trunk: Trunk
     head: nn.Linear
+    tables: Callable[[], CodeTables]
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class GraphSpec:
         family: graphs of a family are made of the same parts of a model, share its weights and have one precision.
         dimensions: of its buckets, fields of ``BucketPlan``.
         room: the dimension of whose sizes the next larger one is that of its state.
-        between: the graph from one of whose buckets to another it leads, which are its bucket.
+        moves: whether it leads from one bucket of the graph that decodes to another, which are its bucket.
+        draws: whether it makes several codes in a call. The compiler never casts it: it counts.
         padded: whether an input may be padded to a larger size; else a size serves exactly that size.
         model_type: what neuronx-cc is told that it is.
         optlevel: of neuronx-cc, by target, where it is not the default.
@@ -49,16 +52,25 @@ class GraphSpec:
     graph: type[Graph]
     build: Callable[[Any], Graph]
     room: str | None = None
-    between: str | None = None
+    moves: bool = False
+    draws: bool = False
     padded: bool = True
     model_type: str = "transformer"
     optlevel: Mapping[str, int] = field(default_factory=dict)
 
 
 _ROWS = (
-    GraphSpec("prefill", "transformer", ("prefill",), Prefill, lambda parts: Prefill(*parts), room="decode"),
-    GraphSpec("decode", "transformer", ("slots", "decode"), Decode, lambda parts: Decode(*parts)),
-    GraphSpec("move", "transformer", (), Move, lambda parts: Move(parts.trunk.cache_shapes(1, 1)), between="decode"),
+    GraphSpec("prefill", "transformer", ("prefill",), Prefill, lambda parts: Prefill(*parts[:2]), room="decode"),
+    GraphSpec("decode", "transformer", ("slots", "decode"), Decode, lambda parts: Decode(*parts[:2])),
+    GraphSpec(
+        "codes",
+        "transformer",
+        ("slots", "decode"),
+        Codes,
+        lambda parts: Codes(Decode(*parts[:2]), parts.tables()),
+        draws=True,
+    ),
+    GraphSpec("move", "transformer", (), Move, lambda parts: Move(parts.trunk.cache_shapes(1, 1)), moves=True),
     GraphSpec("latents", "transformer", ("latents",), Latents, lambda parts: Latents(parts.trunk)),
     GraphSpec(
         "vocoder",

@@ -131,6 +131,16 @@ class Stateful(nn.Module):
         tensors = (torch.zeros(*shape) for shape in shapes)
         self.states = nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in tensors)
 
+    def expected(self, inputs: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What a device is to return.
+
+        Args:
+            inputs: of a call.
+            found: what the device returned, for graphs that decide something on the way.
+        """
+        outputs: tuple[Tensor, ...] = self(*inputs)
+        return outputs
+
 
 def states_of(module: nn.Module) -> list[Tensor]:
     """The state of what `Graph.in_bucket` made; none if it has none."""

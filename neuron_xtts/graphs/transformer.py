@@ -275,34 +275,47 @@ class Decode(Graph):
         mask = torch.where(torch.arange(positions) <= at[:, None], 0.0, MASKED)[:, None, None]
         return {"embeds": torch.randn(slots, 1, self.trunk.channels), "positions": at, "mask": mask}
 
+    def given(self, rows: int, steps: int = 1) -> tuple[Tensor, ...]:
+        """Random inputs of some rows, all but their positions."""
+        return (torch.randn(rows, steps, self.trunk.channels),)
+
+    def arrange(
+        self, given: Sequence[Tensor], slots: Sequence[int], positions: Sequence[int], width: int
+    ) -> tuple[Tensor, ...]:
+        """What the graph takes if some slots step: what a row that waits writes, it writes again before it is seen.
+
+        Args:
+            given: of the rows that step: embeds (R, 1, D).
+            slots: of these rows.
+            positions: of every slot, B.
+            width: positions that the step may see.
+
+        Returns:
+            embeds (B, 1, D), positions (B,) and mask (B, 1, 1, width).
+        """
+        (embeds,) = given
+        at = torch.tensor(positions, dtype=torch.int32)
+        mask = torch.zeros(len(positions), 1, 1, width)
+        if min(positions) + 1 < width:
+            mask.masked_fill_(torch.arange(width) > at.view(-1, 1, 1, 1), MASKED)
+        return spread(embeds, slots, len(positions)), at, mask
+
+    def expected(self, inputs: Sequence[Tensor], found: Sequence[Tensor], cache: Sequence[Tensor]) -> list[Tensor]:
+        """What a device is to return; it decides nothing, so what it is ``found`` to return does not matter."""
+        return list(self(*inputs, *cache))
+
     def in_bucket(self, *bucket: int) -> nn.Module:
         """A step that holds the cache among its parameters."""
         return StatefulDecode(self, *bucket)
 
 
-def arrange(
-    embeds: Tensor, slots: Sequence[int], positions: Sequence[int], width: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `Decode` takes if some slots step: what a row that waits writes, it writes again before it is seen.
-
-    Args:
-        embeds: (R, 1, D) of the rows that step.
-        slots: of these rows.
-        positions: of every slot, B.
-        width: positions that the step may see.
-
-    Returns:
-        embeds (B, 1, D), positions (B,) and mask (B, 1, 1, width).
-    """
-    if list(slots) != list(range(len(positions))):
-        spread = embeds.new_zeros(len(positions), *embeds.shape[1:])
-        spread[slots] = embeds
-        embeds = spread
-    at = torch.tensor(positions, dtype=torch.int32)
-    mask = torch.zeros(len(positions), 1, 1, width)
-    if min(positions) + 1 < width:
-        mask.masked_fill_(torch.arange(width) > at.view(-1, 1, 1, 1), MASKED)
-    return embeds, at, mask
+def spread(given: Tensor, slots: Sequence[int], count: int) -> Tensor:
+    """What is ``given`` of some rows, in their slots of so many; zeros in the others."""
+    if list(slots) == list(range(count)):
+        return given
+    spread = given.new_zeros(count, *given.shape[1:])
+    spread[slots] = given
+    return spread
 
 
 class StatefulDecode(Stateful):

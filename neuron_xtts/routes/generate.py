@@ -39,7 +39,7 @@ def generate(
     check_fp32(conditioning_latents=cond_latents)
     prefix = embed_prefix(gpt, cond_latents, text_inputs)  # (B, P, D), the start code last
     rows = start(context, sampling, prefix, generator_of(seed))
-    call = Call(rows, prefix, context.runner.identity("decode"), with_cache=sampling.return_dict_in_generate)
+    call = Call(rows, prefix, context.runner.identity(), with_cache=sampling.return_dict_in_generate)
     latents = [latents for _, latents in context.scheduler.run(call)]
     codes = codes_of(rows)
     if sampling.num_return_sequences == 1:
@@ -55,8 +55,8 @@ def generate(
 
 def check(context: Context) -> None:
     """Raise `Fallback` unless the model's graphs can generate what it would generate now."""
-    context.runner.require("prefill", "decode")
-    context.runner.check_state("decode")
+    context.runner.require("prefill", context.runner.decoder)
+    context.runner.check_state(context.runner.decoder)
 
 
 def start(context: Context, sampling: Sampling, prefix: Tensor, generator: torch.Generator | None) -> list[Row]:

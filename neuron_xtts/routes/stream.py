@@ -51,7 +51,7 @@ def get_generator(
     prefix = torch.cat([prefix, embed_start(gpt, 1)], dim=1)
     rows = start(context, replace(sampling, draws=True), prefix, generator_of(seed))
     listener = Listener(context.runner.turns)
-    call = Call(rows, prefix, context.runner.identity("decode"), streamed=True, urgency=listener.urgency)
+    call = Call(rows, prefix, context.runner.identity(), streamed=True, urgency=listener.urgency)
     return context.listening.to(listener, context.scheduler.stream(call))
 
 

@@ -283,7 +283,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", type=Path, metavar="DIR", help="of compiled graphs (default: the user's cache)")
     parser.add_argument(
         "--sizes", type=_sizes, action="append", default=[], metavar="FIELD=N,N",
-        help="of the bucket plan, such as decode=512 or slots=1,4; nothing after the = leaves the graph out",
+        help="of the bucket plan, such as decode=512, slots=1,4 or steps=4; nothing after the = leaves the graph out",
     )  # fmt: skip
 
 
@@ -347,8 +347,10 @@ def _assignment(value: str) -> tuple[str, str]:
     return name, rest
 
 
-def _sizes(value: str) -> tuple[str, tuple[int, ...]]:
+def _sizes(value: str) -> tuple[str, tuple[int, ...] | int]:
     name, sizes = _assignment(value)
     if name not in {field.name for field in fields(BucketPlan)}:
         raise argparse.ArgumentTypeError(f"{name!r} is not a field of BucketPlan")
+    if name == "steps":
+        return name, _positive(sizes)
     return name, tuple(_positive(size) for size in sizes.split(",") if size)

@@ -249,9 +249,11 @@ def _prune(store: Store, *, stale: bool) -> int:
 def _lower(arguments: argparse.Namespace) -> int:
     frontend()  # before a model is made: it may not be installed
     xtts = load_or_make(arguments.checkpoint, arguments.small).synthesizer.tts_model
-    graphs, missing = make_graphs(Networks.of(xtts))
+    plan = _plan(arguments)
+    graphs, unfit = make_graphs(Networks.of(xtts))
+    missing = {name: reason for name, reason in unfit.items() if plan.wants(name)}
     with tempfile.TemporaryDirectory() as scratch:
-        lowered = lower_all(graphs, _plan(arguments), _precision(arguments), Path(scratch), progress=True)
+        lowered = lower_all(graphs, plan, _precision(arguments), Path(scratch), progress=True)
     if arguments.json:
         print(json.dumps([asdict(lowering) for lowering in lowered], indent=2))
     else:

@@ -18,7 +18,7 @@ from neuron_xtts.coqui.models import SENTENCES, find_miniature, load_or_make, lo
 from neuron_xtts.options import Options, PatchOptions
 from neuron_xtts.tables import table
 from neuron_xtts.tools.recordings import check_recording, write_reference, write_wav
-from neuron_xtts.tools.stopwatch import Stopwatch
+from neuron_xtts.tools.stopwatch import Stopwatch, each_code
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing since Python 3.11
@@ -66,17 +66,15 @@ def speak(tts: Any, text: str, *, seed: int, label: str, codes: int | None, **op
     with tqdm(total=codes, desc=label, unit="code") as bar, Stopwatch(xtts) as stopwatch:
 
         def advance(*_: object) -> None:
-            # Every code is embedded once, patched or not; then coqui-tts embeds them all again for the latents.
+            # In the end coqui-tts embeds them all again for the latents.
             bar.update(bar.n != codes)
 
-        hook = xtts.gpt.mel_embedding.register_forward_hook(advance)
-        try:
+        with each_code(xtts, advance):
             torch.manual_seed(seed)
             start = time.perf_counter()
             audio = tts.tts(text, **options)
             seconds = time.perf_counter() - start
-        finally:
-            hook.remove()
+        bar.update((codes or bar.n) - bar.n)
     return Spoken(torch.tensor(audio), seconds, stopwatch.seconds)
 
 

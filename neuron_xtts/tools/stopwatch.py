@@ -1,13 +1,32 @@
-"""A stopwatch for the stages of a sentence."""
+"""A stopwatch for the stages of a sentence, and what tells that a code was made."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from neuron_xtts.patching.patch import find_patch
 from neuron_xtts.patching.proxy import Installation
+
+
+@contextmanager
+def each_code(xtts: Any, tick: Callable[..., None]) -> Iterator[None]:
+    """Call ``tick`` for every code that is embedded, which each is once, patched or not, for the length of a block.
+
+    Where a device embeds codes itself nothing is called: a hook would keep them from its graphs.
+    """
+    found = find_patch(xtts)
+    if found is not None and found.runner.steps > 1:
+        yield
+        return
+    hook = xtts.gpt.mel_embedding.register_forward_hook(tick)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class Stopwatch:

@@ -40,6 +40,9 @@ def graphs(tts_original):
     return graphs
 
 
+SEVERAL = BucketPlan(prefill=(), decode=(48,), slots=(1, 3), latents=(), vocoder=(), conditioning=(), steps=3)
+
+
 def on_device(graphs, plan, names=None, rounded=()):
     """Every graph of a plan in the form that is compiled, on the XLA device."""
     prepared = traceable(graphs, rounded=rounded)
@@ -67,14 +70,25 @@ def test_every_graph_lowers(graphs):
     assert lowered["vocoder", (32,)].operators["convolution"] == 83
 
 
+def test_several_codes_lower(graphs):
+    """Without a sort, and with nothing that the compiler counts in 64 bits."""
+    for rounded in ((), ("codes",)):
+        found = [lower(name, "", *rest) for name, _, *rest in on_device(graphs, SEVERAL, ["codes"], rounded)]
+        assert [lowering.problems for lowering in found] == [[], []]
+        for lowering in found:
+            assert lowering.operators["scatter"] == 3 * 4
+            assert {"sort", "rng", "rng-bit-generator"}.isdisjoint(lowering.operators)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("plan", [PLAN, SEVERAL], ids=["one", "several"])
 @torch.no_grad()
-def test_what_was_lowered_computes_the_same(graphs):
+def test_what_was_lowered_computes_the_same(graphs, plan):
     """Each graph on XLA's CPU device against the same graph on the host, state included."""
-    for name, bucket, module, inputs in on_device(graphs, PLAN):
+    for name, bucket, module, inputs in on_device(graphs, plan):
         host = copy.deepcopy(graphs[name])
         host.use(HostOperators())
-        host = host.in_bucket(*bucket, *PLAN.room(name, bucket))
+        host = host.in_bucket(*bucket, *plan.room(name, bucket))
         for ours, theirs in zip(states_of(host), states_of(module), strict=True):
             ours.normal_()
             theirs.copy_(ours)

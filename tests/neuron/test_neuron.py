@@ -618,7 +618,7 @@ def test_states_that_take_turns(xtts, patch, monkeypatch):
     inputs = [torch.randn(1, 1, 64) for _ in range(6)]
 
     def run(state, position):
-        return state.step(inputs[position], [0], [position], 80)[0]
+        return state.step((inputs[position],), [0], [position], 80)[0]
 
     alone = backend.new_state(1, 80)
     expected = [run(alone, position) for position in range(6)]

@@ -21,22 +21,25 @@ from neuron_xtts.graphs.catalogue import CATALOGUE, GRAPHS
 from neuron_xtts.graphs.operators import Graph
 
 PACKAGE = Path(neuron_xtts.__file__).parent
-TRANSFORMER = {"prefill", "decode", "latents"}
-SIZES = {"prefill": (2, 3), "move": (1, 2, 2, 3)}
+TRANSFORMER = {"prefill", "decode", "codes", "latents"}
+SIZES = {"prefill": (2, 3), "codes": (2, 8, 3), "move": (1, 2, 2, 3)}
 
 # name: (file, text, what is put in its place, the graphs whose programs are others now)
 EDITS = {
     "the scale of attention": ("graphs/operators.py", "** -0.5", "** -0.25", TRANSFORMER | {"conditioning"}),
     "the vocoder's operator": ("graphs/operators.py", "torch.maximum(x, x * slope)", "torch.maximum(x, slope * x)",
                                {"vocoder"}),
-    "decode's operator": ("graphs/operators.py", "positions.long().view", "(positions + 0).long().view", {"decode"}),
+    "decode's operator": ("graphs/operators.py", "positions.long().view", "(positions + 0).long().view",
+                          {"decode", "codes"}),
     "what is made ready": ("backends/neuron/tracing.py", "lowerable(fill=fill)", "lowerable(fill=not fill)",
                            set(GRAPHS)),
     "the mask's value": ("graphs/operators.py", "MASKED = -1e9", "MASKED = -1e8", TRANSFORMER - {"decode"}),
     "the trunk": ("graphs/transformer.py", 'tanh=True', 'tanh=False', TRANSFORMER),
     "prefill alone": ("graphs/transformer.py", "last.long()", "(last + 0).long()", {"prefill"}),
-    "the form of decode": ("graphs/transformer.py", "state.clone() for", "(state + 0) for", {"decode"}),
+    "the form of decode": ("graphs/transformer.py", "state.clone() for", "(state + 0) for", {"decode", "codes"}),
     "a slope of the vocoder": ("graphs/vocoder.py", "LRELU_SLOPE = 0.1", "LRELU_SLOPE = 0.2", {"vocoder"}),
+    "how codes are drawn": ("graphs/codes.py", "_PARTS, _CUTS = 32, 6", "_PARTS, _CUTS = 16, 6", {"codes"}),
+    "what is as likely": ("graphs/codes.py", "_ALIKE = 1e-3", "_ALIKE = 1e-2", set()),
     "folding": ("graphs/vocoder.py", "conv.weight.detach().clone()", "conv.weight.detach() + 0", {"vocoder"}),
     "filled kernels": ("graphs/vocoder.py", "taps[:, :, ::dilation] = weight", "taps[:, :, 1::dilation] = weight",
                        {"vocoder"}),
@@ -113,7 +116,7 @@ def test_filled_kernels_are_another_program():
 
 
 def test_graphs_are_rows_of_the_catalogue():
-    """A graph that is no row is part of another, and every field of a plan is a dimension."""
+    """A graph that is no row is part of another, and every field of a plan is a dimension, or the steps of one."""
     classes = {
         f"{kind.__module__}.{kind.__qualname__}"
         for found in pkgutil.iter_modules(graphs.__path__, "neuron_xtts.graphs.")
@@ -121,5 +124,5 @@ def test_graphs_are_rows_of_the_catalogue():
         if inspect.isclass(kind) and issubclass(kind, Graph)
     }
     assert classes <= {name for graph in GRAPHS for name in shaping_source(graph)}
-    dimensions = [dimension for spec in CATALOGUE.values() for dimension in spec.dimensions]
+    dimensions = [name for spec in CATALOGUE.values() for name in (("steps",) if spec.draws else spec.dimensions)]
     assert sorted(dimensions) == sorted(neuron_xtts.BucketPlan.__dataclass_fields__)

@@ -418,6 +418,7 @@ OTHER_REASONS = {
     "it began in another process, of which this one is a fork": "test_a_fork",
     "GPT-2 with activation_function='relu'": "test_other_gpt2",
     "a GPT without learned positions": "test_no_learned_positions",
+    "embeddings of codes with a largest norm": "test_tables_of_another_kind",
 }
 
 

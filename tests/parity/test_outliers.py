@@ -129,7 +129,7 @@ def test_one_row_computes_what_the_graph_does(deep, reference, way):
         torch.testing.assert_close(kept, made[0], rtol=2e-3, atol=4e-3 * float(made.std()))
     for step in range(20):
         at = length + step
-        inputs = torch.randn(1, 1, 64), [0], [at], at + 1
+        inputs = (torch.randn(1, 1, 64),), [0], [at], at + 1
         for ours, theirs in zip(one.step(*inputs), graph.step(*inputs), strict=True):
             assert correlation(ours, theirs) > 0.999
 
@@ -141,7 +141,7 @@ def test_a_code_takes_no_more_operators(deep, voice, unsmoothed):
     def operators():
         with neuron_xtts.patched(deep, **INT8):
             (one, _), _, at = states(deep, voice[0])
-            inputs = torch.randn(1, 1, 64), [0], [at], at + 1
+            inputs = (torch.randn(1, 1, 64),), [0], [at], at + 1
             for _ in range(3):
                 one.step(*inputs)
             with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -235,7 +235,7 @@ def test_a_state_outlives_its_weights(deep, voice):
     """A stream that goes on while weights are converted again computes with those it began with."""
     neuron_xtts.patch(deep, **INT8)
     (one, _), _, at = states(deep, voice[0])
-    inputs = torch.randn(1, 1, 64), [0], [at], at + 1
+    inputs = (torch.randn(1, 1, 64),), [0], [at], at + 1
     before = one.step(*inputs)[0]
     outliers.values(deep.gpt, 100)
     outliers.norms(deep.gpt, 100)

@@ -61,8 +61,9 @@ class Speaker:
 
 def step(batch, speakers):
     embeds = torch.cat([speaker.next for speaker in speakers])
-    outputs = batch.step([speaker.row for speaker in speakers], embeds)
+    outputs = batch.step([speaker.row for speaker in speakers], (embeds,))
     for speaker, latents, logits in zip(speakers, *outputs, strict=True):
+        speaker.row.position += 1
         speaker.check(latents, logits)
 
 
@@ -128,7 +129,7 @@ def test_room(xtts, plan):
     assert batch.most == batch.free == (5 if plan == "padded" else 16)
     speakers = [Speaker(xtts, 5, 9, seed) for seed in range(batch.most)]
     with pytest.raises(ValueError, match="admit it first"):
-        batch.step([speakers[0].row], speakers[0].next)
+        batch.step([speakers[0].row], (speakers[0].next,))
     for number, speaker in enumerate(speakers):
         assert batch.free == batch.most - number
         admit(batch, speaker)

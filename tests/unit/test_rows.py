@@ -65,7 +65,7 @@ def step(state, embeds, slots, positions):
     """One that grows the cache where it must."""
     if max(positions) >= state.capacity:
         state.grow(len(positions), max(positions) + 1, positions)
-    return state.step(embeds, slots, positions, max(positions) + 1)
+    return state.step((embeds,), slots, positions, max(positions) + 1)
 
 
 @settings(max_examples=40, deadline=None)

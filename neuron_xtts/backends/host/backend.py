@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from neuron_xtts.buckets import Bucket, BucketPlan
 from neuron_xtts.coqui.sample import Sample
 from neuron_xtts.errors import Fallback
 from neuron_xtts.graphs.operators import Graph
-from neuron_xtts.graphs.transformer import Decode, KeysAndValues, Trunk, arrange
+from neuron_xtts.graphs.transformer import Decode, KeysAndValues, Trunk
 from neuron_xtts.graphs.vocoder import Vocoder, halo_of
 from neuron_xtts.precision import HOST, HostPrecision
 
@@ -59,7 +60,7 @@ class CpuBackend:
         aside: Path | None = None,
         sample: Sample | None = None,
     ) -> None:
-        self.plan = plan or host_plan(graphs)
+        self.plan = replace(plan, steps=1) if plan else host_plan(graphs)
         self.precision = precision.name
         self.unavailable: dict[tuple[str, Bucket], str] = {}
         self._linears = Linears(precision.linears, Aside(aside) if aside else None, sample)
@@ -160,10 +161,12 @@ class HostState:
         """See `DecodeState.clear`."""
         self._data[:, slot, :, :length] = 0
 
-    def step(self, embeds: Tensor, slots: Sequence[int], positions: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
+    def step(
+        self, given: Sequence[Tensor], slots: Sequence[int], positions: Sequence[int], width: int
+    ) -> tuple[Tensor, Tensor]:
         """See `DecodeState.step`."""
         cache = self._data[:, :, :, :width].unbind(0)
-        embeds, at, mask = arrange(embeds, slots, positions, width)
+        embeds, at, mask = self._decode.arrange(given, slots, positions, width)
         latents, logits = self._decode(embeds, at, mask if mask.any() else None, *cache)
         return latents[slots], logits[slots]
 

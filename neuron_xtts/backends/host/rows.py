@@ -137,8 +137,11 @@ class Rows:
         self._keys[:, slot, :, : -(-length // WIDTH)] = 0
         self._values[:, slot, :, :length] = 0
 
-    def step(self, embeds: Tensor, slots: Sequence[int], positions: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
+    def step(
+        self, given: Sequence[Tensor], slots: Sequence[int], positions: Sequence[int], width: int
+    ) -> tuple[Tensor, Tensor]:
         """See `DecodeState.step`."""
+        (embeds,) = given
         if len(slots) == 1:
             (slot,) = slots
             x = self._one(

@@ -26,8 +26,9 @@ from neuron_xtts.buckets import Bucket, BucketPlan, bucket_name, next_buckets
 from neuron_xtts.coqui.hooks import check_unhooked
 from neuron_xtts.coqui.weights import Digester, stamp, tensors_of
 from neuron_xtts.errors import ArtifactError, Fallback, describe
+from neuron_xtts.graphs.codes import Codes
 from neuron_xtts.graphs.operators import Graph
-from neuron_xtts.graphs.transformer import Decode, KeysAndValues, arrange
+from neuron_xtts.graphs.transformer import Decode, KeysAndValues
 from neuron_xtts.precision import Precision, Tolerance
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class NeuronBackend:
                 logger.debug("%s %s", recipe.graph, recipe.bucket, exc_info=True)
             else:
                 self._loaded[recipe.graph, recipe.bucket] = loaded
-        for bucket in reversed(self._buckets("decode")):  # the last ones first: others go on there
+        for bucket in reversed(self._buckets(plan.decoder)):  # the last ones first: others go on there
             self._rehearse(bucket, precision)
         if self.over_host:
             logger.warning("caches go by way of the host: %s", self.over_host)
@@ -123,6 +124,13 @@ class NeuronBackend:
         return loaded
 
     @property
+    def decoder(self) -> Decode | Codes:
+        """The graph that decodes."""
+        graph = self.graphs[self.plan.decoder]
+        assert isinstance(graph, (Decode, Codes))
+        return graph
+
+    @property
     def loaded(self) -> list[LoadedGraph]:
         """The graphs that are on the device."""
         return list(self._loaded.values())
@@ -137,9 +145,10 @@ class NeuronBackend:
         Where caches that stay on the device give wrong results, or errors, they go by way of the host from now on. What
         gives wrong results then, too, is quarantined; what gives errors is not to be had in this process.
         """
-        artifact = self._loaded["decode", bucket].artifact
-        ways = [(bucket, other) for other in next_buckets(bucket, self._buckets("decode"))]
-        used = {("decode", other) for _, other in ways} | {key for key in self._loaded if key[0] in ("prefill", "move")}
+        decoder = self.plan.decoder
+        artifact = self._loaded[decoder, bucket].artifact
+        ways = [(bucket, other) for other in next_buckets(bucket, self._buckets(decoder))]
+        used = {(decoder, other) for _, other in ways} | {key for key in self._loaded if key[0] in ("prefill", "move")}
         names = sorted(self._loaded[key].recipe.name for key in used)
         known = artifact.manifest.get("rehearsed") or {}
         if known.get("with") == names:
@@ -154,8 +163,8 @@ class NeuronBackend:
         if wrong:
             artifact.record(quarantined=wrong)
         if reason := wrong or error:
-            self.unavailable["decode", bucket] = reason
-            del self._loaded["decode", bucket]
+            self.unavailable[decoder, bucket] = reason
+            del self._loaded[decoder, bucket]
         else:
             artifact.record(rehearsed={"with": names, "over host": self.over_host})
 
@@ -171,20 +180,21 @@ class NeuronBackend:
     @torch.no_grad()
     def _wrong(self, bucket: Bucket, ways: Sequence[tuple[Bucket, ...]], precision: Precision) -> str | None:
         """What is wrong with decoding in a bucket, and from there on along some ways; None if nothing is."""
-        prefill, decode = self.graphs["prefill"], self.graphs["decode"]
-        assert isinstance(decode, Decode)
-        tolerance = precision.tolerance("decode", self._loaded["decode", bucket].recipe.target)
+        prefill, steps = self.graphs["prefill"], self.plan.steps
+        tolerance = precision.tolerance(self.plan.decoder, self._loaded[self.plan.decoder, bucket].recipe.target)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             for length, way in product(self._buckets("prefill"), ways or [(bucket,)]):
                 inputs = prefill.example(*length)
-                filled = min(int(inputs["last"]) + 1, bucket[1] - len(way))  # so that there is room for their steps
+                filled = min(
+                    int(inputs["last"]) + 1, bucket[1] - steps * len(way)
+                )  # so that there is room for their steps
                 inputs["last"].fill_(filled - 1)
                 _, _, *known = prefill(*inputs.values())
                 _, _, *ours = self.run("prefill", length, *inputs.values())
                 caches = KeysAndValues.split(ours), KeysAndValues.split(known)
-                steps = list(rehearsal(self.new_state(*bucket), decode, way, *caches, filled))
-                if reason := next(filter(None, (step.beyond(tolerance) for step in steps)), None):
+                found = rehearsal(self.new_state(*bucket), self.decoder, steps, way, *caches, filled)
+                if reason := next(filter(None, [each.beyond(tolerance) for each in found]), None):
                     return reason
         return None
 
@@ -338,6 +348,7 @@ class NeuronState:
         self, backend: NeuronBackend, loaded: Mapping[tuple[str, Bucket], LoadedGraph], bucket: Bucket
     ) -> None:
         self._backend = backend
+        self._name = backend.plan.decoder
         self._loaded = loaded
         self._length = 0  # positions written so far
         self._enter(bucket)
@@ -345,14 +356,12 @@ class NeuronState:
     def _enter(self, bucket: Bucket) -> None:
         """Go on in a bucket, with an empty cache on the host."""
         self._bucket = bucket
-        self._graph = self._loaded["decode", bucket]
+        self._graph = self._loaded[self._name, bucket]
         self._on_host: list[Tensor] | None = self._empty()
 
     @property
     def _shapes(self) -> list[tuple[int, int, int, int]]:
-        decode = self._backend.graphs["decode"]
-        assert isinstance(decode, Decode)
-        return decode.trunk.cache_shapes(*self._bucket)
+        return self._backend.decoder.trunk.cache_shapes(*self._bucket)
 
     def _empty(self) -> list[Tensor]:
         """Zeros: what a slot holds must be finite."""
@@ -410,7 +419,7 @@ class NeuronState:
 
     def _arrive(self, contents: Sequence[Tensor]) -> None:
         """Have the graph hold these contents."""
-        with self._backend.counting("decode", self._bucket):
+        with self._backend.counting(self._name, self._bucket):
             self._graph.take_over(self)
             self._graph.write(contents)
         self._on_host = None
@@ -422,7 +431,7 @@ class NeuronState:
         if move is not None and self.on_device and not self._backend.over_host:
             self._check_owner()
             moved = self._moved(move, self._graph.states, slots * [1.0])
-            self._bucket, self._graph = (slots, capacity), self._loaded["decode", (slots, capacity)]
+            self._bucket, self._graph = (slots, capacity), self._loaded[self._name, (slots, capacity)]
             self._arrive(moved)
         else:
             contents = self._read()
@@ -447,15 +456,17 @@ class NeuronState:
         """See `DecodeState.clear`."""
         self.put(slot, [torch.zeros(heads, length, channels) for _, heads, _, channels in self._shapes], length)
 
-    def step(self, embeds: Tensor, slots: Sequence[int], positions: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
+    def step(
+        self, given: Sequence[Tensor], slots: Sequence[int], positions: Sequence[int], width: int
+    ) -> tuple[Tensor, ...]:
         """See `DecodeState.step`."""
         if self._on_host is not None:
             self._arrive(self._on_host)
         self._check_owner()
-        inputs = arrange(embeds, slots, positions, self._bucket[1])
-        latents, logits, *_ = self._backend.call("decode", self._bucket, *inputs)
-        self._length = max(self._length, max(positions) + 1)
-        return latents[slots], logits[slots]
+        inputs = self._backend.decoder.arrange(given, slots, positions, self._bucket[1])
+        outputs = self._backend.call(self._name, self._bucket, *inputs)
+        self._length = max(self._length, min(max(positions) + self._backend.plan.steps, self._bucket[1]))
+        return tuple(output[slots] for output in outputs[: len(outputs) - len(self._graph.states)])
 
     def cached(self, slot: int, length: int) -> KeysAndValues:
         """See `DecodeState.cached`."""

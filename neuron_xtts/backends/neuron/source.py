@@ -22,8 +22,9 @@ from neuron_xtts.graphs.catalogue import CATALOGUE
 from neuron_xtts.graphs.operators import PLAIN, Graph
 
 _GRAPHS = "neuron_xtts.graphs."
-# Methods: of inputs a recipe has names, types and shapes; of layers the digest of weights has settings.
-_SHAPES_NOTHING = {"example", "examples", "_example", "extra_repr", "use"}
+# Methods: of inputs a recipe has names, types and shapes; of layers the digest of weights has settings; the rest is
+# not compiled.
+_SHAPES_NOTHING = {"example", "examples", "_example", "given", "arrange", "expected", "extra_repr", "use"}
 
 
 @functools.cache

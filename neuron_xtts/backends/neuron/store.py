@@ -43,7 +43,7 @@ class Recipe:
     Attributes:
         graph: its name.
         bucket: its sizes.
-        room: the size of its state, where the bucket does not say it.
+        room: the size of its state, or the steps of a call, where the bucket does not say it.
         source: digest of the code that the graph is made by.
         inputs: name, dtype and shape of each.
         states: how many of its outputs are kept on the device as its state.
@@ -176,7 +176,7 @@ class Store:
             "weights": "weights changed",
             "source": "another version of neuron_xtts",
             "versions": "other versions",
-            "room": "decode buckets of other sizes",
+            "room": "decode buckets of other sizes, or other steps",
         }
         nearest = min(differences, key=len)
         return "compiled for something else: " + ", ".join(names.get(name, f"another {name}") for name in nearest)

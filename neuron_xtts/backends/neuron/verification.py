@@ -11,8 +11,9 @@ from torch import Tensor
 
 from neuron_xtts.backends import DecodeState
 from neuron_xtts.buckets import Bucket, bucket_name
-from neuron_xtts.graphs.operators import Graph, states_of
-from neuron_xtts.graphs.transformer import Decode, KeysAndValues, arrange
+from neuron_xtts.graphs.codes import Codes
+from neuron_xtts.graphs.operators import Graph, Stateful, states_of
+from neuron_xtts.graphs.transformer import Decode, KeysAndValues
 from neuron_xtts.precision import Tolerance
 
 
@@ -79,7 +80,8 @@ def deviations(compiled: Compiled, graph: Graph, sizes: Bucket) -> Iterator[Devi
         contents = [[torch.randn_like(tensor) for tensor in state] for _ in range(2)]
 
     def deviation(part: str, inputs: Sequence[Tensor]) -> Deviation:
-        ours, theirs = compiled(*inputs), module(*inputs)
+        ours = compiled(*inputs)
+        theirs = module.expected(inputs, ours) if isinstance(module, Stateful) else module(*inputs)
         outputs = len(theirs) - len(state)
         for tensor, new in zip(state, theirs[outputs:], strict=True):
             tensor.copy_(new)
@@ -102,7 +104,8 @@ def deviations(compiled: Compiled, graph: Graph, sizes: Bucket) -> Iterator[Devi
 @torch.no_grad()
 def rehearsal(
     state: DecodeState,
-    decode: Decode,
+    graph: Decode | Codes,
+    steps: int,
     buckets: Sequence[Bucket],
     handed_over: KeysAndValues,
     known: KeysAndValues,
@@ -112,13 +115,14 @@ def rehearsal(
 
     Args:
         state: of the first bucket, empty.
-        decode: the graph, on the host.
+        graph: that decodes, on the host.
+        steps: codes that one call of it decodes.
         buckets: of decode, one after another; each has at least the slots and positions of the one before.
         handed_over: keys and values that the compiled prefill made.
         known: those that the host makes, (1, H, L, K).
         length: positions of both that are filled.
     """
-    theirs = [torch.zeros(shape) for shape in decode.trunk.cache_shapes(*buckets[-1])]
+    theirs = [torch.zeros(shape) for shape in graph.trunk.cache_shapes(*buckets[-1])]
     part = "in a step on what prefill handed over"
     positions: list[int] = []
     for slots, width in buckets:
@@ -129,21 +133,24 @@ def rehearsal(
             for tensor, row in zip(theirs, known.together(), strict=True):
                 tensor[slot, :, :length] = row[0, :, :length]
             positions.append(length)
-        embeds = torch.randn(slots, 1, decode.trunk.channels)
-        ours = state.step(embeds, range(slots), positions, width)
-        inputs = arrange(embeds, range(slots), positions, width)
-        expected = decode(*inputs, *(tensor[:slots, :, :width] for tensor in theirs))
+        given = graph.given(slots, steps)
+        ours = state.step(given, range(slots), positions, width)
+        expected = graph.expected(
+            graph.arrange(given, range(slots), positions, width), ours, [tensor[:slots, :, :width] for tensor in theirs]
+        )
         yield Deviation.of(part, ours, expected)
         part = f"in a step after the switch from decode {bucket_name((slots, width))}"
-        positions = [position + 1 for position in positions]
+        positions = [position + steps for position in positions]
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
-    """Relative error and Pearson correlation of two tensors."""
+    """Relative error and Pearson correlation of two tensors; whole numbers are right or wrong."""
     if ours.shape != theirs.shape or not ours.isfinite().all():
         return float("inf"), 0.0
     if torch.equal(ours, theirs):
         return 0.0, 1.0  # correlation is not defined where all are the same
+    if not ours.is_floating_point():
+        return float("inf"), 0.0
     a, b = ours.double(), theirs.double()
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)), correlation(a, b)
 

@@ -37,7 +37,7 @@ from neuron_xtts.tools.bench import (
 )
 from neuron_xtts.tools.bench.accuracy import Accuracy, accuracy
 from neuron_xtts.tools.bench.stream import stream
-from neuron_xtts.tools.stopwatch import Stopwatch
+from neuron_xtts.tools.stopwatch import Stopwatch, each_code
 
 LENGTHS = (50, 100, 200, 400)  # codes
 STAGES = ("codes", "latents", "vocoder")
@@ -48,8 +48,9 @@ def speak(xtts: Any, voice: Voice, utterance: Utterance) -> dict[str, float]:
     """Time one sentence.
 
     Returns:
-        seconds of the whole sentence and of each stage; the median time from one code to the next; how much of that, on
-        average, is not in the decode graph (0 for coqui-tts, whose time is not told apart); its ``length`` in codes.
+        seconds of the whole sentence and of each stage; the median time from one code to the next (where a device makes
+        several at once the mean, prefill included); how much of that, on average, is not in the decode graph (0 where
+        time is not told apart); its ``length`` in codes.
     """
     ticks: list[float] = []
     marks: list[tuple[float, float]] = []
@@ -59,27 +60,21 @@ def speak(xtts: Any, voice: Voice, utterance: Utterance) -> dict[str, float]:
         if len(ticks) in (2, utterance.codes):  # the ends of what is told apart: a pause elsewhere is no part of it
             marks.append(decoded(xtts))
 
-    hook = xtts.gpt.mel_embedding.register_forward_hook(tick)  # every code is embedded once, patched or not
     torch.manual_seed(utterance.codes or 1)  # what begins alike would share audio
-    try:
-        with Stopwatch(xtts) as stopwatch:
-            start = time.perf_counter()
-            result = xtts.inference(utterance.text, "en", *voice, **utterance.arguments)
-            seconds = time.perf_counter() - start
-    finally:
-        hook.remove()
+    with each_code(xtts, tick), Stopwatch(xtts) as stopwatch:
+        start = time.perf_counter()
+        result = xtts.inference(utterance.text, "en", *voice, **utterance.arguments)
+        seconds = time.perf_counter() - start
+    length = result["gpt_latents"].shape[1]
+    figures = {"sentence": seconds, **{stage: stopwatch.seconds[stage] for stage in STAGES}, "length": length}
+    if not ticks:
+        return figures | {"one code": stopwatch.seconds["codes"] / length, "sampling and loop": 0.0}
     if utterance.codes is None:
         marks.append(decoded(xtts))
-    length = result["gpt_latents"].shape[1]
     intervals = [b - a for a, b in itertools.pairwise(ticks[1:length])]
     runs, decoding = (now - before for before, now in zip(marks[0], marks[-1], strict=True))
-    return {
-        "sentence": seconds,
-        **{stage: stopwatch.seconds[stage] for stage in STAGES},
-        "one code": statistics.median(intervals),
-        "sampling and loop": statistics.mean(intervals) - decoding / runs if runs else 0.0,
-        "length": length,
-    }
+    around = statistics.mean(intervals) - decoding / runs if runs else 0.0
+    return figures | {"one code": statistics.median(intervals), "sampling and loop": around}
 
 
 def decoded(xtts: object) -> tuple[float, float]:
