@@ -426,7 +426,7 @@ def graph_table(counts: Counts) -> str:
     """Every graph of the file on one core of inf2, in the precisions of its family."""
     rows = []
     for (graph, bucket), counted in counts.items():
-        for variant in PRECISIONS[CATALOGUE[graph].family]:
+        for variant in () if CATALOGUE[graph].moves else PRECISIONS[CATALOGUE[graph].family]:
             predictor = Predictor(counts, INF2, variant, corners(INF2))
             parts, run = predictor.parts(graph, bucket), predictor.run(graph, bucket)
             largest = torch.stack(parts)[:, [run.argmin(), run.argmax()]].argmax(0)
@@ -535,7 +535,7 @@ Nothing here has been run on Neuron hardware or compiled for it.
   itself, by its tensors, and by the bytes that go between host and device.
 * Ranges are over every combination of the ends of what is assumed. What a change saves is the difference of two
   predictions that assume the same.
-* fp32 and bf16: the precisions as they are, bf16 with --auto-cast=matmult. a: bf16 weights in the traced trunk. b: the
+* fp32 and bf16: with caches over the host, bf16 with --auto-cast=matmult. a: bf16 weights in the traced trunk. b: the
   cache moves on the device, out of prefill and when it outgrows its bucket. c: {ABC.steps} codes a call, sampled there.
 * First codes: until the {STREAM_CHUNK} codes of a stream's first chunk. Of a sentence only the GPT is counted.
 * Not counted: VectorE and ScalarE, transposes, and whatever does not fit on the chip and moves more than once. A
