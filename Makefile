@@ -14,7 +14,7 @@ demo-small: .venv/ready ## the miniature alone, for a quick look
 
 # What depends on the versions of coqui-tts and transformers is tested on the newest as well, and what patches what is
 # theirs on the oldest; the rest is the same everywhere and tested once.
-NEWEST := tests/parity $(addprefix tests/unit/test_, decoding.py graphs.py rows.py) \
+NEWEST := tests/parity $(addprefix tests/unit/test_, codes.py decoding.py graphs.py rows.py) \
 	$(addprefix tests/neuron/test_, lowering.py neuron.py) $(addprefix tests/tools/test_, cli.py examples.py)
 OLDEST := $(addprefix tests/parity/test_, api.py fallbacks.py parity.py stream.py)
 
