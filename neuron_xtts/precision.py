@@ -123,11 +123,11 @@ class Precision:
 
     def rounds(self, graph: str) -> bool:
         """Whether a graph is compiled with weights in bf16, those that may be (`Graph.round_weights`)."""
-        return CATALOGUE[graph].family in _ROUNDED.get(self.name, ())
+        return not CATALOGUE[graph].moves and CATALOGUE[graph].family in _ROUNDED.get(self.name, ())
 
     def casts(self, graph: str) -> tuple[str, ...]:
         """The flags for automatic casts of one graph."""
-        if CATALOGUE[graph].draws:
+        if CATALOGUE[graph].draws or CATALOGUE[graph].moves:
             return _EXACT
         return _CASTS[self.name].get(CATALOGUE[graph].family, _EXACT)
 

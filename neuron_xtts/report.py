@@ -176,6 +176,7 @@ class Report:
         batch: of the rows that decode together.
         missing: graphs that cannot be had for this model, and buckets of others, such as ``decode 1x512``, each with
             the reason.
+        over_host: why caches go by way of the host on Neuron, and do not move on the device; None if they do.
         copied: bytes of weights that graphs keep in the host's memory beside the model's own.
         gone: routes that are no longer installed, because the model replaced the modules they were on.
     """
@@ -188,6 +189,7 @@ class Report:
     graphs: dict[str, dict[str, GraphCounts]] = field(default_factory=dict)
     batch: BatchCounts = field(default_factory=BatchCounts)
     missing: dict[str, str] = field(default_factory=dict)
+    over_host: str | None = None
     copied: int = 0
     gone: list[str] = field(default_factory=list)
 
@@ -218,6 +220,8 @@ class Report:
         if self.copied:
             lines[0] += f", {self.copied / 2**20:.0f} MiB of converted weights"
         lines += [f"no {graph} graph: {reason}" for graph, reason in self.missing.items()]
+        if self.over_host:
+            lines.append(f"caches go by way of the host: {self.over_host}")
         if self.gone:
             lines.append(f"gone: {', '.join(self.gone)} (the model replaced these modules; patch(model) restores them)")
         return "\n".join(lines)

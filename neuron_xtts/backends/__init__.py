@@ -71,6 +71,7 @@ class Backend(Protocol):
         precision: of the graphs, by name.
         plan: the buckets.
         unavailable: why a bucket of the plan is not to be had, by graph and bucket. It may grow.
+        over_host: why caches do not move on the device, from graph to graph; None if they do, or there is none.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Backend(Protocol):
     precision: str
     plan: BucketPlan
     unavailable: dict[tuple[str, Bucket], str]
+    over_host: str | None
 
     @property
     def copied(self) -> int:

@@ -114,6 +114,11 @@ class Engines:
                 found.setdefault(graph, {})[number] = reason
         return {graph: self._said(reasons) for graph, reasons in found.items()}
 
+    def over_host(self) -> str | None:
+        """Why caches go by way of the host; where engines differ, with which; None if they do on none."""
+        reasons = {number: context.runner.backend.over_host for number, context in enumerate(self.contexts)}
+        return self._said({number: reason for number, reason in reasons.items() if reason}) or None
+
     def _said(self, reasons: dict[int, str]) -> str:
         if len(reasons) == len(self.contexts) and len(set(reasons.values())) == 1:
             return reasons[0]

@@ -100,6 +100,7 @@ class Patch:
             graphs=self._counters.snapshot(),
             batch=engines.counts(),
             missing=engines.missing(),
+            over_host=engines.over_host(),
             copied=backend.copied,
             gone=self.gone(xtts),
         )

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import neuron_xtts
+from neuron_xtts.backends.memory import Aside
 from neuron_xtts.backends.neuron.compiler import lower_all
 from neuron_xtts.backends.neuron.lowering import Lowering, frontend
 from neuron_xtts.backends.neuron.store import Store
@@ -211,8 +212,12 @@ def _write(results: Results, arguments: argparse.Namespace) -> None:
 
 def run_compile(arguments: argparse.Namespace) -> int:
     """Compile graphs into the store."""
+    model = load_or_make(arguments.checkpoint, arguments.small)
+    aside = Aside(Store(arguments.store).root / "aside")
+    for parameter in model.synthesizer.tts_model.parameters():  # compilers need the memory, and nothing is spoken here
+        aside.move(parameter)
     summary = neuron_xtts.compile(
-        load_or_make(arguments.checkpoint, arguments.small),
+        model,
         backend="neuron",
         precision=_precision(arguments),
         buckets=_plan(arguments),

@@ -24,8 +24,10 @@ from neuron_xtts import BucketPlan
 from neuron_xtts.backends.neuron import canary as canary_module
 from neuron_xtts.backends.neuron import compiler, device, jobs
 from neuron_xtts.backends.neuron.canary import Trial, try_canary
+from neuron_xtts.backends.neuron.compiler import CompileSummary
 from neuron_xtts.backends.neuron.jobs import JobError, Jobs, MemoryLimit
 from neuron_xtts.backends.neuron.store import MODEL, Store
+from neuron_xtts.coqui.models import random_tts
 from neuron_xtts.coqui.recognise import make_graphs
 from neuron_xtts.coqui.surface import Networks
 from neuron_xtts.graphs.catalogue import GRAPHS
@@ -584,6 +586,27 @@ def test_commands(neuron, compiled, tmp_path, capsys):
     assert small(["graphs", "--prune"], store) == 0
     assert capsys.readouterr().out.count("removed") == 2
     assert len(list(Store(store))) == 6
+
+
+def test_the_command_keeps_no_weights_in_memory(tmp_path, monkeypatch):
+    """While it compiles, they are in files without a name; and they are the same."""
+    found = []
+
+    def compile(model, **options):
+        for parameter in model.synthesizer.tts_model.parameters():
+            begin = parameter.data_ptr()
+            lines = Path("/proc/self/maps").read_text().splitlines()
+            ranges = [(*(int(end, 16) for end in line.split()[0].split("-")), line) for line in lines]
+            (line,) = (line for low, high, line in ranges if low <= begin < high)
+            found.append((parameter.detach().clone(), line))
+        return CompileSummary()
+
+    monkeypatch.setattr(neuron_xtts, "compile", compile)
+    assert small(["compile", "--small"], tmp_path) == 0
+    assert all(f"{tmp_path}/aside/" in line and line.endswith("(deleted)") for _, line in found)
+    theirs = random_tts(tmp_path / "model", small=True).synthesizer.tts_model.parameters()
+    for (ours, _), parameter in zip(found, theirs, strict=True):
+        assert torch.equal(ours, parameter)
 
 
 def test_prune_what_other_versions_made(neuron, compiled, tmp_path, monkeypatch, capsys):

@@ -368,6 +368,16 @@ def test_tolerances_follow_the_casts():
     assert rounded.tolerance("decode", "trn2") == rounded.tolerance("decode", "trn1")
 
 
+@pytest.mark.parametrize("name", NEURON_PRECISIONS)
+def test_what_is_never_cast(name):
+    """What only copies must be exact, and what counts must not count in bf16; its weights may be rounded."""
+    precision = Precision(name)
+    for graph in ("move", "codes"):
+        assert "--auto-cast=none" in precision.compiler_arguments(graph, "inf2", "2.26")
+    assert precision.tolerance("move", "inf2") == Precision("fp32").tolerance("decode", "inf2")
+    assert precision.rounds("codes") == precision.rounds("decode") == (name != "fp32")
+
+
 def test_bad_precisions(xtts):
     with pytest.raises(ValueError, match="precision 'fp8' does not exist; choose one of 'fp32', 'bf16', 'int8'"):
         Precision("fp8")

@@ -83,7 +83,7 @@ def test_the_same_audio(tts, reference, patch):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
     assert np.abs(theirs).max() > 1e-3
     report = neuron_xtts.report(tts)
-    assert (report.backend, report.precision, report.missing) == ("neuron", "fp32", {})
+    assert (report.backend, report.precision, report.missing, report.over_host) == ("neuron", "fp32", {}, None)
     assert set(report.graphs) == {"conditioning", "prefill", "decode", "vocoder"}  # moves are part of decoding
     assert set(report.graphs["decode"]) == {"1x80", "1x128"}
     assert set(report.graphs["vocoder"]) == {"64", "96"}  # the last window is a smaller one
@@ -519,6 +519,8 @@ def test_what_stays_on_the_device(xtts, voice, patch, spoiled, monkeypatch):
         assert_same_speech(speak(xtts, voice, **exactly(CODES)), theirs)
         found = {artifact(spoiled, name).manifest["rehearsed"]["over host"] for name in names}
         assert {reason.partition(":")[0] for reason in found} == {"wrong results in a step on what prefill handed over"}
+        assert neuron_xtts.report(xtts).over_host in found
+        assert f"caches go by way of the host: {neuron_xtts.report(xtts).over_host}" in str(neuron_xtts.report(xtts))
         on_host.clear()
         patch(xtts, store=spoiled.root, strict=True)
         assert_same_speech(speak(xtts, voice, **exactly(CODES)), theirs)

@@ -316,7 +316,7 @@ def test_a_full_disk(xtts, voice, tmp_path, monkeypatch, caplog):
     def full(**_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("neuron_xtts.backends.host.converted.tempfile.NamedTemporaryFile", full)
+    monkeypatch.setattr("neuron_xtts.backends.memory.tempfile.NamedTemporaryFile", full)
     neuron_xtts.patch(xtts, backend="cpu", precision=Precision("int8", release=True), store=tmp_path)
     assert caplog.text.count("fp32 weights stay in memory: [Errno 28] No space left on device") == 1
     speak(xtts, voice, max_new_tokens=5)

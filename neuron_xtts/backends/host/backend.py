@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from neuron_xtts.backends import Exclusive
-from neuron_xtts.backends.host.converted import Aside, HostVocoder, Linears
+from neuron_xtts.backends.host.converted import HostVocoder, Linears
 from neuron_xtts.backends.host.kernels import cpu_has, rounded
 from neuron_xtts.backends.host.operators import HostOperators
 from neuron_xtts.backends.host.rows import Rows
-from neuron_xtts.backends.memory import lazy_zeros
+from neuron_xtts.backends.memory import Aside, lazy_zeros
 from neuron_xtts.buckets import Bucket, BucketPlan
 from neuron_xtts.coqui.sample import Sample
 from neuron_xtts.errors import Fallback
@@ -51,6 +51,7 @@ class CpuBackend:
 
     name = "cpu"
     where = "host"
+    over_host: str | None = None
 
     def __init__(
         self,

@@ -5,12 +5,8 @@ They are converted once, at `patch`, and again when the model's weights have cha
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
-import tempfile
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from neuron_xtts.backends.host.kernels import linear, multiply, pack, row_layer
 from neuron_xtts.backends.host.operators import HostOperators, Padding
 from neuron_xtts.backends.host.smoothing import Units, find_units, linears_of, values_in
+from neuron_xtts.backends.memory import Aside, give_back_memory
 from neuron_xtts.coqui.hooks import is_hooked
 from neuron_xtts.coqui.sample import Sample
 from neuron_xtts.coqui.weights import Stamp, is_plain, stamp, tensors_of
@@ -31,46 +28,6 @@ from neuron_xtts.precision import WEIGHT_BYTES
 logger = logging.getLogger(__name__)
 
 State = tuple[tuple[int, ...], Stamp]  # of what was converted: changes when a layer or a weight is another
-
-
-class Aside:
-    """Weights of a model that were moved from memory into files, which are mapped in their place.
-
-    Whoever computes with them all the same, as coqui-tts does in a fallback, reads them from the disk.
-
-    Args:
-        folder: on a disk, where the files are made. They have no name and vanish with the process.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._moved: list[tuple[nn.Parameter, int]] = []
-        self._full = False
-
-    def move(self, parameter: nn.Parameter) -> None:
-        """Move a parameter; where that fails, as on a full disk, it stays, and so do those that come later."""
-        if self._full:
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder) as file:
-                file.write(parameter.detach().contiguous().numpy().data)
-                file.flush()
-                mapped = torch.from_file(file.name, shared=False, size=parameter.numel(), dtype=parameter.dtype)
-        except OSError as error:
-            logger.warning("fp32 weights stay in memory: %s", error)
-            self._full = True
-            return
-        parameter.data = mapped.view(parameter.shape)
-        give_back_memory()
-        self._moved.append((parameter, mapped.data_ptr()))
-
-    def bring_back(self) -> None:
-        """Move every parameter back into memory, but for those that somebody gave another storage."""
-        for parameter, pointer in self._moved:
-            if parameter.data_ptr() == pointer:
-                parameter.data = parameter.data.clone()
-        self._moved.clear()
 
 
 class Converted(NamedTuple):
@@ -305,9 +262,3 @@ class InFloat(nn.Module):
         """The layer's result."""
         y: Tensor = self.layer(x.float())
         return y
-
-
-def give_back_memory() -> None:
-    """Have the C library return freed memory to the operating system, where it can be asked to."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)

@@ -99,8 +99,9 @@ class NeuronBackend:
                 f"\n  {graph} {bucket_name(b)}: {reason}" for (graph, b), reason in self.unavailable.items()
             )
             logger.warning(
-                "%d of %d graphs are not to be had, and coqui-tts's own code serves their calls. Graphs that are not "
-                "compiled: neuron_xtts.compile(model), or neuron-xtts compile --checkpoint DIR%s",
+                "%d of %d graphs are not to be had, and coqui-tts's own code serves their calls, but that without a "
+                "move caches go by way of the host. Graphs that are not compiled: neuron_xtts.compile(model), or "
+                "neuron-xtts compile --checkpoint DIR%s",
                 len(self.unavailable),
                 len(recipes),
                 lines,
