@@ -6,6 +6,8 @@ Each call has a thread while it speaks. All of them decode together, as threads 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -80,7 +82,7 @@ class _Thread:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "neuron_xtts.aio")
-        self._caller = Caller()
+        self._caller = Caller(thread=threading.current_thread())
 
     async def run(self, call: Callable[[], T]) -> T:
         """What a call gives, made in the thread."""
@@ -95,5 +97,6 @@ class _Thread:
         """The task wants nothing more: what runs ends soon, and with it, after a ``last`` call, the thread."""
         self._caller.go()
         for call in last:
-            self._pool.submit(call)
+            with contextlib.suppress(RuntimeError):  # the interpreter ends, and nothing may begin any more
+                self._pool.submit(call)
         self._pool.shutdown(wait=False)

@@ -34,7 +34,8 @@ def patch(
 ) -> Model:
     """Route the expensive calls of a coqui-tts XTTS model to graphs. Undone by `unpatch`.
 
-    A model that is patched already is unpatched first. Nothing is compiled: on Neuron, graphs that the store does not
+    A model that is patched already gets the new patch in place of the old one; calls that begin meanwhile wait for it.
+    Nothing is compiled: on Neuron, graphs that the store does not
     hold are named in a warning and in `report`, and coqui-tts serves their calls.
 
     Args:
@@ -62,7 +63,7 @@ def patch(
         NeuronMissingError: ``backend="neuron"`` where Neuron's packages, its driver or a device are not there.
         ValueError: an option has a value that does not exist.
     """
-    from neuron_xtts.patching.patch import install, remove
+    from neuron_xtts.patching.patch import install
 
     check_versions()
     xtts = find_xtts(model)
@@ -72,7 +73,6 @@ def patch(
     if type(queue) is not int or queue < 0:
         raise ValueError(f"queue={queue!r}; expected how many calls may wait, or 0 for none")
     check_ready(xtts)
-    remove(xtts)
     install(xtts, options, strict=strict, voice_cache=voice_cache, queue=queue)
     return model
 

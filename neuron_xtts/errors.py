@@ -1,5 +1,7 @@
 """Errors: each says what was found, what was expected and the remedy."""
 
+from __future__ import annotations
+
 
 class NeuronXttsError(Exception):
     """Base class of every error this library raises on its own account."""
@@ -33,10 +35,14 @@ class QueueFullError(NeuronXttsError, RuntimeError):
     """As many calls decode and wait as may."""
 
     def __init__(self, slots: int, queue: int) -> None:
+        self._made_of = slots, queue
         super().__init__(
             f"{slots} rows decode and as many calls wait as may, {queue}. Call again later, or let more of them wait: "
             "patch(model, queue=...)"
         )
+
+    def __reduce__(self) -> tuple[type[QueueFullError], tuple[int, int]]:
+        return type(self), self._made_of
 
 
 class FallbackError(NeuronXttsError, RuntimeError):
@@ -54,6 +60,9 @@ class FallbackError(NeuronXttsError, RuntimeError):
         )
         self.route = route
         self.reason = reason
+
+    def __reduce__(self) -> tuple[type[FallbackError], tuple[str, str]]:
+        return type(self), (self.route, self.reason)
 
 
 class Fallback(Exception):  # noqa: N818 - a signal between a route and the dispatcher, never seen by users

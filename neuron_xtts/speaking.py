@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 from collections import deque
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from neuron_xtts.coqui.find import find_xtts
 from neuron_xtts.coqui.voices import settings_of, voice_of
-from neuron_xtts.decoding.caller import Caller, caller
+from neuron_xtts.decoding.caller import Caller, CallerGone, caller
 from neuron_xtts.patching.patch import Patch, find_patch
 from neuron_xtts.routes.seeds import generator_of
 
@@ -97,7 +98,7 @@ def speak_many(
 def _speak_many(
     model: object, texts: Iterable[str], at_once: int, seed: int | None, progress: bool, options: dict[str, Any]
 ) -> Iterator[Wav]:
-    on_behalf, process = Caller(patient=True), os.getpid()
+    on_behalf, process = Caller(patient=True, thread=threading.current_thread()), os.getpid()
     begun: deque[Future[Wav]] = deque()
     total = len(texts) if isinstance(texts, Sized) else None
     numbered = enumerate(texts)
@@ -106,6 +107,7 @@ def _speak_many(
         with tqdm(total=total, desc="speaking", unit="text", disable=not progress) as bar:
             more = True
             while more or begun:
+                on_behalf.thread = threading.current_thread()  # whoever asks now
                 if os.getpid() != process:
                     raise RuntimeError("These texts are said in another process, of which this is a fork: begin anew")
                 if begun and (begun[0].done() or not more or len(begun) == 2 * at_once):
@@ -119,10 +121,12 @@ def _speak_many(
                 except Exception as error:  # once what was begun before is said
                     more, failure = False, error
                 else:
-                    seeded = options if seed is None else {"seed": seed + number, **options}
+                    seeded = options if seed is None else {"seed": operator.index(seed) + number, **options}
                     begun.append(_begin(on_behalf, model, text, seeded))
         if failure is not None:
             raise failure
+    except CallerGone:
+        raise RuntimeError("The interpreter ends: nothing more can be said by threads of its own") from None
     finally:
         # Without waiting: whoever closes this, or collects it, may be the thread that computes for all.
         on_behalf.go()

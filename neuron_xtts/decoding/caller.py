@@ -19,12 +19,16 @@ class Caller:
 
     Args:
         patient: waits, however many others do.
-        leaves: may go; false of a thread that calls for itself.
+        thread: that wants what is called; with it goes its caller. None: it is the one that calls.
+
+    Attributes:
+        patient: likewise.
+        thread: likewise.
     """
 
-    def __init__(self, *, patient: bool = False, leaves: bool = True) -> None:
+    def __init__(self, *, patient: bool = False, thread: threading.Thread | None = None) -> None:
         self.patient = patient
-        self._leaves = leaves
+        self.thread = thread
         self._gone = False
         self._cancels: set[Cancel] = set()
 
@@ -54,12 +58,12 @@ class Caller:
             cancel()
 
     def check(self) -> None:
-        """Raise `CallerGone` if it has gone, as all have when the interpreter ends."""
-        if self._gone or (self._leaves and not threading.main_thread().is_alive()):
+        """Raise `CallerGone` if it has gone."""
+        if self._gone or (self.thread is not None and not self.thread.is_alive()):
             raise CallerGone
 
 
-_caller: ContextVar[Caller] = ContextVar("caller", default=Caller(leaves=False))  # noqa: B039
+_caller: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B039
 
 
 def caller() -> Caller:

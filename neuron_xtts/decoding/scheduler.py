@@ -78,6 +78,7 @@ class Call:
         self.parked: list[Parked] = []
         self.error: BaseException | None = None
         self.begun = False  # it waits, or did
+        self.patient = False
         self.over = False  # nothing more will be computed
         self.given_up = False
         self.waited_for = False
@@ -103,6 +104,11 @@ class Call:
         """Have its caller, if that waits, look what there is."""
         if self.waited_for:
             self.woken.set()
+
+
+def _on_cpu() -> contextlib.AbstractContextManager[object]:
+    """Keeps a leader's default device from the rows of others; if that is the CPU it is nothing, and costs nothing."""
+    return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 class _Drawing(NamedTuple):
@@ -132,6 +138,7 @@ class Scheduler:
         self._queue: list[Call] = []  # in the order in which they came
         self._running: list[Call] = []  # have slots
         self._leader: Call | None = None  # whose thread computes for all: it alone touches the batch
+        self._thread: int | None = None  # that computes now
         self._batch = Batch(runner)
         self._identity: Hashable = None  # of what the rows in the batch are computed with
         self._counts = BatchCounts()
@@ -144,6 +151,7 @@ class Scheduler:
             QueueFullError: too many calls wait.
             Fallback: no bucket holds its rows.
         """
+        self._check_outside()
         with self._begun(call):
             self._wait(call)
         return list(call.steps)
@@ -155,6 +163,7 @@ class Scheduler:
             QueueFullError: too many calls wait.
             Fallback: no bucket holds its row.
         """
+        self._check_outside()
         with self._begun(call):
             while True:
                 self._wait(call)
@@ -162,6 +171,11 @@ class Scheduler:
                     return
                 codes, latents = call.steps.popleft()
                 yield codes.clone(), latents.clone()  # in the caller's mode, and its own
+
+    def _check_outside(self) -> None:
+        """Raise `Fallback` if this thread is computing a step, as in a hook, and would wait for itself."""
+        if self._thread == threading.get_ident():
+            raise Fallback("a call from inside of a decode step")
 
     def counts(self) -> BatchCounts:
         """What became of rows so far, and where they are now."""
@@ -187,8 +201,10 @@ class Scheduler:
         # Such as more rows than there may be slots: told before anybody waits.
         self._runner.buckets.choose(self._runner.decoder, len(call.rows), call.prefix.shape[1] + 1)
         with self._lock:
-            waiting = self._more + sum(max(other._more, 0) for other in self._all if other is not self)
-            if self._more >= 0 and waiting >= self._most and not caller().patient:
+            call.patient = caller().patient  # such waits for others, and takes no place of theirs
+            patient = sum(other.patient for scheduler in self._all for other in scheduler._queue)
+            waiting = sum(max(scheduler._more, 0) for scheduler in self._all) - patient
+            if self._more >= 0 and waiting >= self._most and not call.patient:
                 self._counts.refused += 1
                 raise QueueFullError(sum(scheduler._batch.most for scheduler in self._all), self._most)
             self._queue.append(call)
@@ -246,14 +262,18 @@ class Scheduler:
             self._runner.turns.take(self._urgency, brief=call.streamed),
             torch.inference_mode(),
             torch.autocast("cpu", enabled=False),
+            _on_cpu(),
         ):
             while not call.ready:
+                self._thread = threading.get_ident()
                 try:
                     worked = self._tick()
                 except BaseException:
                     # What was being computed is neither done nor undone.
                     self._end_all()
                     raise
+                finally:
+                    self._thread = None
                 if not worked and not call.ready:
                     raise RuntimeError("no slot could be had")
                 caller().check()
@@ -395,6 +415,8 @@ class Scheduler:
             for each in ahead:
                 each.keep(0)
             if len(calls) == 1:
+                with contextlib.suppress(Exception):  # what it wrote may be anything, and a device may be gone
+                    self._batch.clear(rows)
                 self._end(calls[0], error)
             else:  # each by itself, to see which is at fault; the longest first, for which no bucket may be left
                 for call in sorted(calls, key=lambda call: -call.rows[0].position):
@@ -511,7 +533,7 @@ class Scheduler:
         """In a forked child: whoever leads, or called, is not there."""
         began = (*self._running, *self._queue)
         self._lock = threading.RLock()
-        self._queue, self._running, self._leader = [], [], None
+        self._queue, self._running, self._leader, self._thread = [], [], None, None
         self._batch = Batch(self._runner)
         for call in began:
             call.woken = threading.Event()

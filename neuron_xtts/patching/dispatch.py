@@ -55,6 +55,8 @@ class Dispatcher:
         self._turns = engines.turns
         self._cpus = usable_cpus()
         self._here = threading.local()
+        self._gives_way = False
+        self._gave_way = threading.Event()
         self._by_kind: dict[Kind, Callable[..., Any]] = {
             Kind.WHOLE: self._whole,
             Kind.STEPS: self._steps,
@@ -71,6 +73,10 @@ class Dispatcher:
             args: of the call.
             kwargs: of the call.
         """
+        inside = getattr(self._here, "holds", False) or getattr(self._here, "falls_back", False)
+        if self._gives_way and not inside:
+            self._gave_way.wait()
+            return self._again(route, method)(*args, **kwargs)
         route.check(kwargs)
         caller().check()
         claim = None
@@ -84,6 +90,25 @@ class Dispatcher:
         else:
             ours = partial(_call, route, args, kwargs)
         return self._by_kind[route.kind](route, ours, own, claim)
+
+    @contextlib.contextmanager
+    def giving_way(self) -> Iterator[None]:
+        """Have calls of other threads that begin from now on wait for the end of a ``with`` block, and call again then.
+
+        What runs goes on. So do calls from inside of a method of coqui-tts's own, for whose end others may wait.
+        """
+        self._here.holds = self._gives_way = True
+        try:
+            yield
+        finally:
+            self._here.holds = False
+            self._gave_way.set()
+
+    def _again(self, route: Route, method: Method) -> Method:
+        """What is in the place of a method now."""
+        xtts = self.engines.first.xtts()
+        found: Method = method if xtts is None else getattr(route.module(xtts), route.method)
+        return found
 
     def _whole(self, route: Route, graphs: Graphs, own: Call, claim: Claim | None) -> object:
         """A result at once."""

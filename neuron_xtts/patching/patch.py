@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from functools import partial
 from typing import Any
@@ -36,9 +37,19 @@ class Patch:
         strict: raise instead of falling back.
         voice_cache: how many voices to remember.
         queue: how many calls may wait for others.
+        former: the patch that gives way.
     """
 
-    def __init__(self, xtts: Xtts, options: Options, *, strict: bool, voice_cache: int, queue: int) -> None:
+    def __init__(
+        self,
+        xtts: Xtts,
+        options: Options,
+        *,
+        strict: bool,
+        voice_cache: int,
+        queue: int,
+        former: Patch | None = None,
+    ) -> None:
         # Before anything is put in place, everything that may fail is done.
         self._installations = {route.name: Installation(route.module(xtts), route.method) for route in ROUTES}
         self._networks = Networks.of(xtts)
@@ -57,7 +68,8 @@ class Patch:
         contexts = [Context(runner, Scheduler(runner, queue, schedulers), **shared) for runner in runners]
         self.dispatcher = Dispatcher(Engines(contexts, turns), strict=strict)
         for route in ROUTES:
-            self._installations[route.name].install(partial(self.dispatcher.answer, route), owner=self)
+            over = former._installations[route.name] if former else None
+            self._installations[route.name].install(partial(self.dispatcher.answer, route), owner=self, over=over)
 
     def _make_runners(self, options: Options, turns: AllTurns) -> list[Runner]:
         """One for each core."""
@@ -109,6 +121,10 @@ class Patch:
         """Take every proxy off again, and leave the weights as they were found."""
         for installation in reversed(self._installations.values()):
             installation.remove()
+        self.close()
+
+    def close(self) -> None:
+        """Leave the weights as they were found."""
         for context in self.dispatcher.engines.contexts:
             context.runner.backend.close()
 
@@ -127,8 +143,20 @@ def find_patch(xtts: Xtts) -> Patch | None:
 
 
 def install(xtts: Xtts, options: Options, *, strict: bool, voice_cache: int, queue: int) -> None:
-    """Patch a model that is not patched; the arguments are those of `Patch`."""
-    _patches[xtts] = weakref.ref(Patch(xtts, options, strict=strict, voice_cache=voice_cache, queue=queue))
+    """Patch a model, in place of a patch that it has; the arguments are those of `Patch`.
+
+    Calls that begin meanwhile wait for the new patch: coqui-tts itself serves one thread. If it fails, there is none.
+    """
+    former = find_patch(xtts)
+    with former.dispatcher.giving_way() if former else contextlib.nullcontext():
+        try:
+            if former:
+                former.close()  # before anything of the weights is converted anew
+            made = Patch(xtts, options, strict=strict, voice_cache=voice_cache, queue=queue, former=former)
+        except BaseException:
+            remove(xtts)
+            raise
+        _patches[xtts] = weakref.ref(made)
     end_team()  # whatever was converted, another thread may be the one that speaks
 
 

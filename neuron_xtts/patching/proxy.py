@@ -64,12 +64,14 @@ class Installation:
         self.method = method
         self.enabled = False
 
-    def install(self, handler: Handler, owner: object = None) -> Installation:
+    def install(self, handler: Handler, owner: object = None, over: Installation | None = None) -> Installation:
         """Put the proxy in place.
 
         Args:
             handler: ``handler(wrapped, args, kwargs)``, called instead of the method.
             owner: kept alive as long as the proxy is.
+            over: whose proxy gives way, at once, if nobody has put anything on top. Who got hold of that before goes on
+                to call its handler.
 
         Returns:
             itself.
@@ -81,14 +83,22 @@ class Installation:
         def wrapper(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return handler(wrapped, args, kwargs) if self.enabled else wrapped(*args, **kwargs)
 
-        proxy = RouteProxy(getattr(module, self.method), wrapper)
+        former = None if over is None else over._on_top(module)
+        if over is not None and former is None:
+            over.remove()
+        proxy = RouteProxy(getattr(module, self.method) if former is None else former.__wrapped__, wrapper)
         proxy._self_owner = owner
-        proxy._self_previous = module.__dict__.get(self.method, _ABSENT)
+        proxy._self_previous = module.__dict__.get(self.method, _ABSENT) if former is None else former._self_previous
         self._proxy = weakref.ref(proxy)
         self.enabled = True
         # Not setattr: nn.Module.__setattr__ looks at types, and a proxy answers for the type it stands for.
         module.__dict__[self.method] = proxy
         return self
+
+    def _on_top(self, module: nn.Module) -> RouteProxy | None:
+        """The proxy, if it is on a module and nothing on it."""
+        proxy = self._proxy() if self._proxy is not None and self._module() is module else None
+        return proxy if proxy is not None and module.__dict__.get(self.method) is proxy else None
 
     def is_on(self, modules: Collection[int]) -> bool:
         """Whether a module, by its ``id``, has the method, and a call of it arrives here, or through a wrapper."""

@@ -67,7 +67,9 @@ def compute_embeddings(context: Context, method: Method, /, *args: Any, **kwargs
 
 def prefix_of(context: Context, ids: Tensor) -> Tensor | None:
     """The prefix (B, P - 1, D) that ids (B, P) stand for; that on the model, if they are of somebody's own making."""
-    return context.prefixes.get(ids, context.runner.networks.gpt.gpt_inference.cached_prefix_emb)
+    if ids in context.prefixes:
+        return context.prefixes[ids]
+    return context.runner.networks.gpt.gpt_inference.cached_prefix_emb  # another object's once eval() has made one
 
 
 def own_generator(context: Context, method: Method) -> Method:
@@ -75,10 +77,10 @@ def own_generator(context: Context, method: Method) -> Method:
 
     Its steps have the prefix of their call, whatever others put on the model meanwhile.
     """
-    inference = context.runner.networks.gpt.gpt_inference
+    gpt = context.runner.networks.gpt
 
     def call(fake_inputs: Tensor, *args: Any, seed: int | None = None, **kwargs: Any) -> Iterator[Step]:
-        prefix, generator = prefix_of(context, fake_inputs), generator_of(seed)
+        inference, prefix, generator = gpt.gpt_inference, prefix_of(context, fake_inputs), generator_of(seed)
         steps = method(fake_inputs, *args, **kwargs)
 
         def run() -> Iterator[Step]:

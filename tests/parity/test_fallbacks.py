@@ -419,6 +419,7 @@ OTHER_REASONS = {
     "GPT-2 with activation_function='relu'": "test_other_gpt2",
     "a GPT without learned positions": "test_no_learned_positions",
     "embeddings of codes with a largest norm": "test_tables_of_another_kind",
+    "a call from inside of a decode step": "test_a_call_from_inside_of_a_step",
 }
 
 

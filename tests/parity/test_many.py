@@ -3,10 +3,12 @@
 import asyncio
 import gc
 import itertools
+import pickle
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -238,6 +240,85 @@ print("end", flush=True)
     _, _, after = done.stdout.partition("end")
     assert done.stdout.count("said") >= 1
     assert after.count("said") < 16  # of dozens that had begun, as many at once
+
+
+def test_a_thread_that_lives_longer_than_the_main_one(tmp_path):
+    """Which the interpreter waits for: it says what it wants. What begins at the interpreter's exit is told that."""
+    program = f"""
+import atexit, threading, time
+from pathlib import Path
+import neuron_xtts
+from neuron_xtts.coqui.models import random_tts
+from neuron_xtts.tools.recordings import write_reference
+
+folder = Path({str(tmp_path)!r})
+write_reference(folder / "voice.wav", seconds=3)
+tts = neuron_xtts.patch(random_tts(folder, small=True), backend="cpu")
+options = dict(language="en", speaker_wav=str(folder / "voice.wav"), progress=False, max_new_tokens=9)
+
+def work():
+    while threading.main_thread().is_alive():
+        time.sleep(0.01)
+    print("said", len(list(neuron_xtts.speak_many(tts, ["one", "two"], **options))), flush=True)
+
+def late():
+    try:
+        list(neuron_xtts.speak_many(tts, ["one"], **options))
+    except RuntimeError as error:
+        print("refused", error, flush=True)
+
+atexit.register(late)
+threading.Thread(target=work).start()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "said 2"
+    assert done.stdout.splitlines()[1].startswith("refused ")
+
+
+def test_a_book_leaves_the_queue_to_others(tts, options, monkeypatch):
+    """However many of its texts wait, a call beside them does, too; the next one is one too many."""
+    neuron_xtts.patch(tts, backend="cpu", buckets=BucketPlan(slots=(2,)), queue=1)
+    real, gate = Batch.step, threading.Event()
+    monkeypatch.setattr(Batch, "step", lambda *arguments: gate.wait(300) and real(*arguments))
+
+    def waiting(calls):
+        end = time.monotonic() + 60
+        while len(scheduler_of(tts)._queue) < calls and time.monotonic() < end:
+            time.sleep(0.01)
+        return len(scheduler_of(tts)._queue) == calls
+
+    with ThreadPoolExecutor(2) as pool:
+        said = pool.submit(lambda: list(neuron_xtts.speak_many(tts, TEXTS, progress=False, **options)))
+        assert waiting(2)  # two decode, and stand still
+        other = pool.submit(lambda: tts.tts("one more.", **options))
+        assert waiting(3)
+        with pytest.raises(neuron_xtts.QueueFullError):
+            tts.tts("one too many.", **options)
+        gate.set()
+        assert len(said.result(120)) == len(TEXTS)
+        assert len(other.result(120)) > 0
+
+
+def test_seeds_of_other_kinds(tts, options):
+    """Are counted as whole numbers are: an int8 does not begin anew."""
+    ours, theirs = (
+        list(
+            neuron_xtts.speak_many(
+                neuron_xtts.patch(tts, backend="cpu"), TEXTS[:3], seed=seed, progress=False, **options
+            )
+        )
+        for seed in (np.int8(126), 126)
+    )
+    assert_said(ours, theirs)
+
+
+@pytest.mark.parametrize("error", [neuron_xtts.QueueFullError(16, 64), neuron_xtts.FallbackError("GPT.generate", "x")])
+def test_errors_between_processes(error):
+    """They are pickled, as those of pools are."""
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again)) == (type(error), str(error))
+    assert vars(again) == vars(error)
 
 
 def test_unpatched(tts, options):
