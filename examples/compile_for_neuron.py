@@ -1,8 +1,7 @@
 """Compile XTTS v2 for Neuron, once: ``python compile_for_neuron.py --target inf2``.
 
-It needs Neuron's packages, from AWS's index (``pip install --extra-index-url https://pip.repos.neuron.amazonaws.com
-torch-neuronx neuronx-cc``), memory and minutes for each graph, but no Neuron device. On an instance with one,
-``neuron_xtts.patch(tts)`` then loads the graphs in every process.
+It needs Neuron's packages, in the versions that docs/neuron.md installs, memory and minutes for each graph, but no
+Neuron device. On an instance with one, ``neuron_xtts.patch(tts)`` then loads the graphs in every process.
 """
 
 import argparse
@@ -35,7 +34,9 @@ def main() -> None:
     args = parser.parse_args()
     plan = BucketPlan.static()
     if args.only:
-        plan = dataclasses.replace(BucketPlan.none(), slots=plan.slots, **{args.only: getattr(plan, args.only)})
+        others: dict[str, Any] = {graph: () for graph in GRAPHS if graph not in (args.only, "decode")}
+        # Prefill's cache is as large as decoding wants it, so its sizes stay, and without slots nothing decodes.
+        plan = dataclasses.replace(plan, slots=plan.slots if args.only == "decode" else (), **others)
     try:
         tts = load(args.checkpoint)
         summary = neuron_xtts.compile(tts, backend="neuron", target=args.target, store=args.store, buckets=plan)

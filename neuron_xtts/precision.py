@@ -80,6 +80,10 @@ class Tolerance:
     error: float
     pcc: float
 
+    def or_looser(self, other: Tolerance) -> Tolerance:
+        """What either of both allows."""
+        return Tolerance(max(self.error, other.error), min(self.pcc, other.pcc))
+
 
 _TOLERANCES = {
     _EXACT: Tolerance(1e-3, 0.9999),

@@ -169,7 +169,12 @@ class Batch:
     def _next(self) -> int:
         """Positions up to the last one that is of use in the next call of the graph that decodes."""
         steps = self._runner.steps
-        return max(row.position + min(steps, row.wanted) if row else 1 for row in self._slots)
+
+        def ahead(row: Row) -> int:
+            # Beyond the last position that one is written over, which matters to who wants the cache.
+            return steps if row.sampler.sampling.return_dict_in_generate else min(steps, row.wanted)
+
+        return max(row.position + ahead(row) if row else 1 for row in self._slots)
 
     def _make_room(self, rows: int, positions: int) -> DecodeState:
         """The state, with so many free slots, and so many positions in every slot."""

@@ -405,6 +405,7 @@ class Scheduler:
             if self._runner.steps == 1:
                 outputs = self._batch.step(rows, (embed_codes(self._runner.networks.gpt, codes, places),))
             else:
+                self._check_places(rows)
                 ahead = self._draw_ahead(calls)
                 waits = torch.cat([each.waits for each in ahead])
                 given = codes.int(), torch.tensor(places).int(), *rules_of(rows, waits.shape[2]), waits
@@ -424,12 +425,19 @@ class Scheduler:
             return
         if ahead:
             sizes = [len(call.rows) for call in calls]
-            for call, its, *found in zip(calls, ahead, *(torch.split(each, sizes) for each in outputs), strict=True):
+            parts = (torch.split(each, sizes) for each in outputs[:3])  # the rest is for verification
+            for call, its, *found in zip(calls, ahead, *parts, strict=True):
                 self._take(call, its, *found)
             return
         for row in rows:
             row.position += 1
         self._deliver(calls, *outputs)
+
+    def _check_places(self, rows: Sequence[Row]) -> None:
+        """Raise `Fallback` where coqui-tts has no position for a code that is wanted: a device would not notice."""
+        places = self._runner.networks.gpt.mel_pos_embedding.emb.num_embeddings
+        if any(row.drawn + min(self._runner.steps, row.wanted) > places for row in rows):
+            raise Fallback("more audio codes than the model has positions")
 
     def _draw_ahead(self, calls: Sequence[Call]) -> list[Waits]:
         """What the next codes of calls are drawn with on a device."""
@@ -465,8 +473,9 @@ class Scheduler:
             ahead.keep(used)
         for row in call.rows:
             row.position += used
+        if not math.isfinite(logits.sum()):
+            self._batch.clear(call.rows)  # for whoever has their slots next, whoever took the codes
         if not finite:
-            self._batch.clear(call.rows)  # for whoever has their slots next
             self._end(call, NotFinite("logits that are not finite"))
         elif ended(call.rows):
             self._finish(call)

@@ -18,8 +18,9 @@ from neuron_xtts.graphs.transformer import Decode, Trunk, spread
 
 # An interval is cut into so many parts, so many times: into 2^30, about as fine as fp32 tells scores apart.
 _PARTS, _CUTS = 32, 6
-# Chances that differ by less, as a share, are alike to a device that rounds exponentials in its own way.
-_ALIKE = 1e-3
+# Chances that differ by less, as a share, are alike to a device that rounds exponentials in its own way; so are sums of
+# shares that differ by less.
+_ALIKE, _EDGES = 1e-3, (-5e-3, 5e-3)
 
 
 class CodeTables(NamedTuple):
@@ -108,7 +109,7 @@ class Codes(Graph):
         waits: Tensor,
         positions: Tensor,
         *cache: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Run N steps. A row that has no position left writes its last one over and over.
 
         Args:
@@ -122,7 +123,8 @@ class Codes(Graph):
             cache: as for `Decode.forward`.
 
         Returns:
-            codes (B, N) int32, and the latents (B, N, D) and logits (B, N, V) that they were drawn from.
+            codes (B, N) int32, the latents (B, N, D) and logits (B, N, V) that they were drawn from, and what they were
+            drawn by: scores (B, N, V), in which the best stands for every code that was left out.
         """
         slots = torch.arange(cache[0].shape[2], device=codes.device)
         named = Rules(*rules.unsqueeze(2).unbind(1))
@@ -134,11 +136,11 @@ class Codes(Graph):
             mask = torch.where(slots <= at.unsqueeze(1), 0.0, MASKED)[:, None, None]  # (B, 1, 1, S)
             embeds = (self.codes(drawn.codes) + self.places(place)).unsqueeze(1)
             latents, logits = self.decode(embeds, at, mask, *cache)
-            chances = _chances(logits, drawn, named, waits[:, step], step, self.stop)
+            scores, chances = _chances(logits, drawn, named, waits[:, step], step, self.stop)
             drawn = drawn.then(_next(chances, drawn, self.stop), self.stop)
-            steps.append((drawn.codes, latents, logits))
+            steps.append((drawn.codes, latents, logits, scores))
         found = [torch.stack(tensors, dim=1) for tensors in zip(*steps, strict=True)]
-        return found[0], found[1], found[2]
+        return found[0], found[1], found[2], found[3]
 
     def examples(self, *bucket: int) -> list[dict[str, Tensor]]:
         """Inputs by name: in the middle of a bucket, at its start, and at its end; with rules of every kind."""
@@ -160,13 +162,16 @@ class Codes(Graph):
         every = self.vocabulary
         some = [
             Rules(5.0, 0.75, 50, 0.15, 0, 1, 0),  # coqui-tts's own
-            Rules(1.0, 1.0, every, -1.0, steps, 0, 0),
+            Rules(1.0, 1.0, every, -1.0, (steps + 1) // 2, 0, 0),
             Rules(2.0, 1.3, every, 0.05, 0, 1, 0),
             Rules(1.0, 0.5, 5, -1.0, 1, 1, 1),
         ]
         return (
             torch.randint(every, (rows,), dtype=torch.int32),
-            torch.randint(self.places.num_embeddings - steps, (rows,), dtype=torch.int32),
+            # The last kind is at the end of the table, where places are the last one over and over.
+            torch.randint(self.places.num_embeddings - steps, (rows,), dtype=torch.int32)
+            if kind < len(some) - 1
+            else torch.full((rows,), self.places.num_embeddings - 1, dtype=torch.int32),
             (torch.rand(rows, every) < 0.1).float(),
             torch.tensor([some[(row + kind) % len(some)] for row in range(rows)]),
             torch.empty(rows, steps, every).exponential_(),
@@ -189,22 +194,28 @@ class Codes(Graph):
             cache: as for `forward`.
         """
         codes, places, seen, rules, waits, positions = inputs
-        drawn, _, logits = found[:3]
+        drawn, _, logits, scores = found[:4]
         every = torch.arange(self.vocabulary)
         forced = torch.where(every == drawn.unsqueeze(2), 1e-30, 1e30)
         free = torch.tensor(Rules(1.0, 1.0, self.vocabulary, -1.0, 0, 1, 0)).repeat(len(rules), 1)
         free[:, -1] = rules[:, -1]
-        _, *theirs = self(codes, places, seen, free, forced, positions, *cache)
+        _, latents, expected_logits, _ = self(codes, places, seen, free, forced, positions, *cache)
         named = Rules(*rules.unsqueeze(2).unbind(1))
-        state, ours = Drawn(codes, seen, named.stopped), []
+        # What top-p leaves out is known but for what lies at its edge.
+        edges = [named._replace(cut=torch.where(named.cut < 0, named.cut, named.cut + by)) for by in _EDGES]
+        state, ours, shown = Drawn(codes, seen, named.stopped), [], []
         for step in range(drawn.shape[1]):
-            chances = _chances(logits[:, step], state, named, waits[:, step], step, self.stop)
+            given = waits[:, step], step, self.stop
+            _, chances = _chances(logits[:, step], state, named, *given)
+            more, fewer = (_chances(logits[:, step], state, edge, *given)[0] for edge in edges)
+            its_scores = scores[:, step]
+            shown.append(torch.where((its_scores - more).abs() <= (its_scores - fewer).abs(), more, fewer))
             code, its = _next(chances, state, self.stop), drawn[:, step]
             chance = chances.gather(1, its.long().clamp(0, self.vocabulary - 1).unsqueeze(1))
             alike = (chance >= chances.amax(1, keepdim=True) * (1 - _ALIKE)).squeeze(1) & (state.stopped[:, 0] == 0)
             ours.append(torch.where(alike, its, code))
             state = state.then(its, self.stop)
-        return [torch.stack(ours, dim=1), *theirs]
+        return [torch.stack(ours, dim=1), latents, expected_logits, torch.stack(shown, dim=1)]
 
     def in_bucket(self, *bucket: int) -> nn.Module:
         """Steps that hold the cache among their parameters."""
@@ -221,14 +232,14 @@ class StatefulCodes(Stateful):
         positions: slots of the cache per row, S.
     """
 
-    outputs = 3
+    outputs = 4
 
     def __init__(self, codes: Codes, slots: int, positions: int) -> None:
         super().__init__(codes.trunk.cache_shapes(slots, positions))
         self.codes = codes
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Run steps as `Codes.forward` does; returns codes, latents, logits, then the cache."""
+        """Run steps as `Codes.forward` does; returns codes, latents, logits, scores, then the cache."""
         cache = [state.clone() for state in self.states]
         return (*self.codes(*inputs, *cache), *cache)
 
@@ -238,8 +249,13 @@ class StatefulCodes(Stateful):
         return (*self.codes.expected(inputs, found, cache), *cache)
 
 
-def _chances(logits: Tensor, drawn: Drawn, rules: Rules, waits: Tensor, step: int, stop: int) -> Tensor:
-    """Of which the largest is drawn, (B, V), from ``logits`` (B, V), with ``waits`` (B, V)."""
+def _chances(logits: Tensor, drawn: Drawn, rules: Rules, waits: Tensor, step: int, stop: int) -> tuple[Tensor, Tensor]:
+    """What ``logits`` (B, V) come to with ``waits`` (B, V).
+
+    Returns:
+        scores (B, V), in which the best stands for every code that is left out, and chances (B, V), of which the
+        largest is drawn.
+    """
     every = torch.arange(logits.shape[1], device=logits.device)
     punished = torch.where(logits < 0, logits * rules.penalty, logits / rules.penalty)
     scores = torch.where(drawn.seen > 0, punished, logits) / rules.temperature
@@ -264,7 +280,8 @@ def _chances(logits: Tensor, drawn: Drawn, rules: Rules, waits: Tensor, step: in
 
     cut = _narrowed(kept - 1, top, unlikely)
     there = there & ((scores > cut) | (scores >= top))
-    return torch.where(rules.draws > 0, torch.where(there, shares, 0.0) / waits, scores)
+    chances = torch.where(rules.draws > 0, torch.where(there, shares, 0.0) / waits, scores)
+    return torch.where(there, scores, top), chances
 
 
 def _narrowed(low: Tensor, high: Tensor, holds: Callable[[Tensor], Tensor]) -> Tensor:
@@ -281,6 +298,7 @@ def _narrowed(low: Tensor, high: Tensor, holds: Callable[[Tensor], Tensor]) -> T
 
 def _next(chances: Tensor, drawn: Drawn, stop: int) -> Tensor:
     """The codes (B,) int32 with the best ``chances`` (B, V); ``stop`` for rows that have stopped."""
-    every = torch.arange(chances.shape[1], device=chances.device)
-    best = torch.where(chances >= chances.amax(1, keepdim=True), every, every[-1])
-    return torch.where(drawn.stopped > 0, stop, best.amin(1, keepdim=True)).squeeze(1).int()
+    # In fp32, which holds them all: the least of 64-bit integers begins with one that compilers refuse.
+    every = torch.arange(chances.shape[1], device=chances.device).float()
+    best = torch.where(chances >= chances.amax(1, keepdim=True), every, every[-1]).amin(1, keepdim=True)
+    return torch.where(drawn.stopped > 0, float(stop), best).squeeze(1).int()

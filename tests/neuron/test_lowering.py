@@ -306,6 +306,7 @@ BY_HAND = {
         "f32[4,8]{1,0} dynamic-update-slice(f32[4,8]{1,0} %p0, f32[1,8]{1,0} %p1, s32[] %p2, s32[] %zero)"
     ),
     "64-bit floats": "f64[4,8]{1,0} convert(f32[4,8]{1,0} %p0)",
+    "64-bit integers that do not fit 32 bits": "s64[] constant(9223372036854775807)",
     "complex numbers": "c64[4,8]{1,0} complex(f32[4,8]{1,0} %p0, f32[4,8]{1,0} %p0)",
     "dynamic shapes": "f32[<=4,8]{1,0} set-dimension-size(f32[4,8]{1,0} %p0, s32[] %p2), dimensions={0}",
     "strided convolution with dilated input": (
@@ -324,6 +325,12 @@ def test_rejected_patterns_by_hand(finding):
 def test_dynamic_update_slice_at_a_constant():
     line = "f32[4,8]{1,0} dynamic-update-slice(f32[4,8]{1,0} %p0, f32[1,8]{1,0} %p1, s32[] %zero, s32[] %zero)"
     assert Program(HLO.replace("INSTRUCTION", line)).rejected(()) == []
+
+
+def test_64_bit_integers_that_fit():
+    assert Program(HLO.replace("INSTRUCTION", "s64[2]{0} constant({1025, -7})")).rejected(()) == []
+    large = "u64[] constant(4294967296)"
+    assert len(Program(HLO.replace("INSTRUCTION", large)).rejected(())) == 1
 
 
 @pytest.mark.slow

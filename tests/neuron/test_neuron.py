@@ -527,6 +527,32 @@ def test_what_stays_on_the_device(xtts, voice, patch, spoiled, monkeypatch):
         assert {name.partition("-")[0] for name in on_host} == {"decode"}  # prefill's are read tensor by tensor
 
 
+def test_an_error_while_caches_are_tried(xtts, voice, patch, spoiled, monkeypatch):
+    """They go over the host in this process; the next one tries again."""
+    names = ("decode-1x80", "decode-1x128")
+    for name in names:
+        artifact(spoiled, name).record(rehearsed=None)
+    with monkeypatch.context() as patched:
+        patched.setattr(LoadedGraph, "write", failing(LoadedGraph.write, 0, RuntimeError("NRT_TIMEOUT: once")))
+        patch(xtts, store=spoiled.root)
+    assert neuron_xtts.report(xtts).over_host == "RuntimeError: NRT_TIMEOUT: once"
+    assert neuron_xtts.report(xtts).missing == {}
+    assert [artifact(spoiled, name).manifest["rehearsed"] for name in names] == [None, None]
+    theirs = speak(unpatched_copy(xtts), voice, **exactly(CODES))
+    assert_same_speech(speak(xtts, voice, **exactly(CODES)), theirs)
+    patch(xtts, store=spoiled.root)
+    assert neuron_xtts.report(xtts).over_host is None
+    assert all(artifact(spoiled, name).manifest["rehearsed"] for name in names)
+
+
+def test_a_patch_draws_nothing(xtts, patch):
+    """From torch's global generator, for whatever it tries its graphs on."""
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    patch(xtts)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_device_that_returns_everything_to_the_host(xtts, voice, patch, spoiled, monkeypatch):
     """Slower, and as right: the cache is kept on the device all the same."""
     for decode in (artifact(spoiled, "decode-1x80"), artifact(spoiled, "decode-1x128")):
@@ -949,7 +975,7 @@ def test_the_benchmark_of_a_device(neuron, compiled, small_plan, monkeypatch, tm
     """One command from the doctor to streams: it answers what is not documented, and writes what can be sent."""
     monkeypatch.setattr(device_bench, "SENTENCES", (12,))
     monkeypatch.setattr(device_bench, "STREAMS", (20,))
-    sizes = [f"{name}={','.join(map(str, found))}" for name, found in small_plan.to_dict().items()]
+    sizes = [f"{name}={','.join(map(str, found))}" for name, found in small_plan.to_dict().items() if name != "steps"]
     files = {name: tmp_path / f"found.{name}" for name in ("json", "markdown", "png")}
     command = ["bench", "device", "--small", "--precisions", "fp32", "--rounds", "1", "--iterations", "2"]
     command += [word for size in sizes for word in ("--sizes", size)]
@@ -975,6 +1001,13 @@ def test_the_benchmark_of_a_device(neuron, compiled, small_plan, monkeypatch, tm
     assert "| decode 1x80 |" in text
     assert "neuronx-cc" in text
     assert files["png"].stat().st_size > 1000
+    with monkeypatch.context() as patched:  # of a device that gives up in the middle there is what came before
+        patched.setattr(LoadedGraph, "read", failing(LoadedGraph.read, 1))
+        assert main([*command, "--store", str(compiled)]) == 0
+    ended = json.loads(files["json"].read_text())
+    assert ended["verdict"].endswith("The benchmark ended early: RuntimeError: the device is gone")
+    assert 0 < len(ended["graphs"]["fp32"]) < 8
+    assert "The benchmark ended early" in files["markdown"].read_text()
     monkeypatch.setenv("NEURON_DOUBLE_FAULT", "fail:canary")
     assert main([*command, "--store", str(tmp_path / "empty")]) == 0
     found = json.loads(files["json"].read_text())

@@ -83,6 +83,89 @@ WAYS = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("codes", [25, 36, 37, 73, 84, 85])
+def test_the_cache_of_a_call_that_ends_where_a_bucket_does(xtts, voice, patch, codes):
+    """No step that nobody wants any more has written over what is its last position."""
+    text, options = torch.arange(1, 9)[None], {"do_sample": True, "return_dict_in_generate": True, **at_most(codes)}
+
+    def generate():
+        torch.manual_seed(4)
+        drawn, output = xtts.gpt.generate(voice[0], text, **options)
+        return drawn, output.past_key_values
+
+    theirs, cache = generate()
+    patch(xtts)
+    ours, our_cache = generate()
+    assert torch.equal(ours, theirs)
+    for a, b in zip(our_cache.layers, cache.layers, strict=True):
+        torch.testing.assert_close(a.keys, b.keys, rtol=0, atol=1e-5)
+        torch.testing.assert_close(a.values, b.values, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_cache_that_does_not_grow(xtts, voice, patch, monkeypatch):
+    """As when the write into the next bucket fails: nobody decodes on what may be some of both."""
+    ways = {1: 70, 2: 20, 3: 20, 4: 34}
+
+    def say(seed):
+        return xtts.gpt.generate(voice[0], torch.arange(1, 12)[None], do_sample=True, seed=seed, **at_most(ways[seed]))
+
+    patch(xtts)
+    alone = {seed: say(seed) for seed in ways}
+    write, failed = LoadedGraph.write, []
+
+    def fail_once(self, contents, first=0):
+        if self.recipe.bucket == (3, 128) and self.recipe.graph == "codes" and not failed:
+            failed.append(write(self, contents[:2], first))
+            raise RuntimeError("NRT_EXEC: once")
+        return write(self, contents, first)
+
+    monkeypatch.setattr(LoadedGraph, "write", fail_once)
+    with ThreadPoolExecutor(4) as pool:
+        for seed, codes in zip(ways, pool.map(say, ways), strict=True):
+            assert torch.equal(codes, alone[seed])
+    assert failed
+    assert set(fallbacks(xtts, "GPT.generate")) <= {
+        "RuntimeError: NRT_EXEC: once",
+        "another call took over the decode graph",
+    }
+
+
+@pytest.mark.slow
+def test_beyond_the_positions_that_there_are(xtts, voice, patch, monkeypatch):
+    """A device would take the last one over and over: coqui-tts says what it says of that."""
+    patch(xtts)
+    monkeypatch.setattr(xtts.gpt.mel_pos_embedding.emb, "num_embeddings", 20)
+    xtts.gpt.generate(voice[0], torch.arange(1, 9)[None], **at_most(20))
+    assert fallbacks(xtts, "GPT.generate") == {}
+    xtts.gpt.generate(voice[0], torch.arange(1, 9)[None], **at_most(22))
+    assert fallbacks(xtts, "GPT.generate") == {"more audio codes than the model has positions": 1}
+
+
+@pytest.mark.slow
+def test_nan_behind_the_end(xtts, voice, patch, monkeypatch):
+    """In steps of which nobody takes the codes: nothing of it is heard, nor left for whoever has the slot next."""
+    expected = speak(xtts, voice, seed=1, **at_most(30))
+    patch(xtts)
+    keeper = xtts.inference_stream("an old song.", "en", *voice, seed=9, **at_most(60))
+    next(keeper)
+    original, spoiled = LoadedGraph.__call__, []
+
+    def run(graph, *inputs):
+        outputs = original(graph, *inputs)
+        if graph.recipe.graph == "codes" and not spoiled:
+            spoiled.append(outputs[2][1, -1].fill_(torch.nan))
+        return outputs
+
+    monkeypatch.setattr(LoadedGraph, "__call__", run)
+    speak(xtts, voice, seed=1, **at_most(3))
+    assert spoiled
+    assert_same_speech(speak(xtts, voice, seed=1, **at_most(30)), expected)
+    assert fallbacks(xtts, "GPT.generate") == {}
+    keeper.close()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_speech(xtts, voice, patch, way):
     """Codes, latents and audio, and as many draws of the global generator."""

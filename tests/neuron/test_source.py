@@ -39,7 +39,7 @@ EDITS = {
     "the form of decode": ("graphs/transformer.py", "state.clone() for", "(state + 0) for", {"decode", "codes"}),
     "a slope of the vocoder": ("graphs/vocoder.py", "LRELU_SLOPE = 0.1", "LRELU_SLOPE = 0.2", {"vocoder"}),
     "how codes are drawn": ("graphs/codes.py", "_PARTS, _CUTS = 32, 6", "_PARTS, _CUTS = 16, 6", {"codes"}),
-    "what is as likely": ("graphs/codes.py", "_ALIKE = 1e-3", "_ALIKE = 1e-2", set()),
+    "what is as likely": ("graphs/codes.py", "_ALIKE, _EDGES = 1e-3", "_ALIKE, _EDGES = 1e-2", set()),
     "folding": ("graphs/vocoder.py", "conv.weight.detach().clone()", "conv.weight.detach() + 0", {"vocoder"}),
     "filled kernels": ("graphs/vocoder.py", "taps[:, :, ::dilation] = weight", "taps[:, :, 1::dilation] = weight",
                        {"vocoder"}),

@@ -1,5 +1,8 @@
 """Several codes in one call: what is drawn is what the host draws from the same logits with the same generator."""
 
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 import torch
 from helpers import speak
@@ -7,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import neuron_xtts
-from neuron_xtts import BucketPlan
+from neuron_xtts import BucketPlan, Precision
+from neuron_xtts.backends.neuron.verification import deviations
 from neuron_xtts.coqui.embeddings import embed_codes
 from neuron_xtts.coqui.recognise import make_graphs
 from neuron_xtts.coqui.surface import Networks
@@ -25,7 +29,7 @@ def drawn_by_graph(rows, logits, waits, stop):
     seen, rules = rules_of(rows, logits.shape[1])
     named = Rules(*rules.unsqueeze(2).unbind(1))
     drawn = Drawn(torch.zeros(len(rows), dtype=torch.int32), seen, named.stopped)
-    chances = codes_module._chances(logits, drawn, named, waits, 0, stop)
+    _, chances = codes_module._chances(logits, drawn, named, waits, 0, stop)
     return codes_module._next(chances, drawn, stop)
 
 
@@ -134,7 +138,7 @@ def test_steps(graphs, tts_original):
         *rules_of(rows, CODES),
         torch.cat([each.waits for each in waits]),
     )
-    codes, latents, logits = graph(*graph.arrange(given, range(3), positions, 24), *ours)
+    codes, latents, logits, _ = graph(*graph.arrange(given, range(3), positions, 24), *ours)
     for each in waits:
         each.keep(0)
     for step in range(steps):
@@ -172,7 +176,7 @@ def test_logits_that_are_not_finite(graphs):
     seen, rules, waits = graph.given(1, 4)[2:]
     drawn = Drawn(torch.zeros(1, dtype=torch.int32), seen, torch.zeros(1, 1))
     for value in (torch.nan, torch.inf, -torch.inf):
-        chances = codes_module._chances(
+        _, chances = codes_module._chances(
             torch.full_like(seen, value), drawn, Rules(*rules.unsqueeze(2).unbind(1)), waits[:, 0], 0, STOP
         )
         assert 0 <= int(codes_module._next(chances, drawn, STOP)) < CODES
@@ -204,6 +208,79 @@ def test_what_a_device_is_to_return(graphs):
         drew = found[0].clone()
         drew[1, 0] = code
         assert module.expected(inputs, (drew, *found[1:]))[0][1, 0] == code
+
+
+SOURCE = Path(codes_module.__file__).read_text()
+# A device's ways to draw wrongly: what it does in place of what is written.
+WRONG = {
+    "nothing": ("", ""),
+    "codes that were had": ("torch.where(drawn.seen > 0, punished, logits)", "logits"),
+    "codes of this call": ("return Drawn(codes, seen,", "return Drawn(codes, self.seen,"),
+    "the early stop": ("(rules.early > step)", "(rules.early > 99)"),
+    "that time goes on": ("(rules.early > step)", "(rules.early > 0)"),
+    "top-p": ("there = there & ((scores > cut) | (scores >= top))", "pass"),
+    "top-k": ("there = there & (scores >= kept)", "pass"),
+    "one of top-k": ("torch.ge(count, rules.kept)", "torch.ge(count, rules.kept + 1)"),
+    "the temperature": (" / rules.temperature", ""),
+    "what is drawn with": ("torch.where(there, shares, 0.0) / waits", "torch.where(there, shares, 0.0)"),
+    "whether it draws": ("rules.draws > 0", "rules.draws > -1"),
+    "that a row has stopped": ("where(drawn.stopped > 0, float(stop)", "where(drawn.stopped > 9, float(stop)"),
+    "where a step writes": ("at = torch.clamp(positions + step,", "at = torch.clamp(positions + min(step, 2),"),
+    "the place": ("torch.clamp(places + step,", "torch.clamp(places,"),
+    "the end of places": ("torch.clamp(places + step, max=self.places.num_embeddings - 1)",
+                          "(places + step) % self.places.num_embeddings"),
+    "the code": ("self.codes(drawn.codes)", "self.codes(codes)"),
+    "what it sees": ("slots <= at.unsqueeze(1)", "slots <= positions.unsqueeze(1)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("ignored", WRONG)
+@torch.no_grad()
+def test_a_device_that_ignores(graphs, ignored, slots):
+    """Verification notices it, in fp32 at least, with one row and with several."""
+    before, after = WRONG[ignored]
+    assert before in SOURCE
+    module = ModuleType(codes_module.__name__)
+    exec(compile(SOURCE.replace(before, after) if before else SOURCE, "wrong", "exec"), vars(module))
+    graph = graphs["codes"]
+    wrong = module.Codes(graph.decode, module.CodeTables(graph.codes, graph.places, graph.stop))
+    compiled = OnHost(wrong.in_bucket(slots, 80, 4))
+    tolerance = Precision().tolerance("codes", "inf2")
+    found = [each for each in deviations(compiled, graph, (slots, 80, 4)) if each.beyond(tolerance)]
+    assert bool(found) == (ignored != "nothing"), found
+
+
+class OnHost:
+    """A compiled graph whose device is the host."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __call__(self, *inputs):
+        outputs = self.module(*inputs)
+        for state, new in zip(self.module.states, outputs[self.module.outputs :], strict=True):
+            state.copy_(new)
+        return outputs[: self.module.outputs]
+
+    def write(self, contents):
+        for state, content in zip(self.module.states, contents, strict=True):
+            state.copy_(content)
+
+    def read(self):
+        return [state.clone() for state in self.module.states]
+
+
+@torch.no_grad()
+def test_ties(graphs):
+    """Codes that are exactly as likely are kept or left out together: at top-k as on the host, at top-p all of them."""
+    (row,) = make_rows(Sampler(Sampling(do_sample=True, top_k=0, top_p=0.85, max_new_tokens=9), 7, STOP), 1, START)
+    seen, rules = rules_of([row], CODES)
+    drawn = Drawn(torch.zeros(1, dtype=torch.int32), seen, torch.zeros(1, 1))
+    logits = torch.zeros(1, CODES)
+    logits[0, 5] = 9
+    shown, _ = codes_module._chances(logits, drawn, Rules(*rules.unsqueeze(2).unbind(1)), torch.ones(1, CODES), 0, STOP)
+    assert int((shown == 9).sum()) in (1, CODES)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 2.0, (4,), True, None])

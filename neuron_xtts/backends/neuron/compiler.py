@@ -127,7 +127,8 @@ def make_recipes(
         weights = digester.digest(graph) if buckets else ""
         for bucket in buckets:
             room = plan.room(name, bucket)
-            module, inputs = graph.in_bucket(*bucket, *room), graph.example(*bucket, *room)
+            with torch.random.fork_rng(devices=[]):
+                module, inputs = graph.in_bucket(*bucket, *room), graph.example(*bucket, *room)
             recipes.append(
                 Recipe(
                     graph=name,

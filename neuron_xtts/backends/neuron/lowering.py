@@ -216,6 +216,9 @@ class Program:
             found.append("complex numbers (NCC_EVRF004)")
         if re.search(r"\bf64\[", self.text):
             found.append("64-bit floats")
+        large = re.findall(r"\b([su]64)\[[^\]]*\](?:\{[^}]*\})? constant\(\{?(-?\d+)", self.text)
+        if any(not -(2**31) <= int(value) < 2**31 for _, value in large):
+            found.append("64-bit integers that do not fit 32 bits (NCC_ESFH001, NCC_ESFH002)")
         if re.search(r"\[[^\]]*<=", self.text):
             found.append("dynamic shapes (NCC_EMOD025)")
         for name, opcode in self.opcodes.items():

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import neuron_xtts
 from neuron_xtts.backends.neuron.backend import LoadedGraph, NeuronBackend
 from neuron_xtts.buckets import bucket_name
+from neuron_xtts.errors import describe
 from neuron_xtts.options import Options, PatchOptions
 from neuron_xtts.patching.patch import find_patch
 from neuron_xtts.tables import Table
@@ -20,6 +23,8 @@ from neuron_xtts.tools.bench import Benchmark, Figures, Subject, in_precision, m
 from neuron_xtts.tools.bench.sentence import SentenceResults, bench_sentence
 from neuron_xtts.tools.bench.stream import StreamResults, bench_stream
 from neuron_xtts.tools.doctor import examine
+
+logger = logging.getLogger(__name__)
 
 SENTENCES = (50, 200)  # codes
 STREAMS = (100,)
@@ -174,6 +179,24 @@ def bench_device(
         **chosen.neuron.versions,
     }
     results = DeviceResults(machine={**machine(), **facts}, doctor=findings.report, verdict=findings.verdict)
+    try:
+        _measure(results, xtts, subject, iterations, rounds, precisions, options)
+    except Exception as error:  # of a device that nobody has tried: what was found so far is what is wanted
+        logger.warning("the benchmark ended early", exc_info=True)
+        results.verdict += f"\nThe benchmark ended early: {describe(error)}"
+    return results
+
+
+def _measure(
+    results: DeviceResults,
+    xtts: Any,
+    subject: Subject,
+    iterations: int,
+    rounds: int,
+    precisions: Sequence[str],
+    options: PatchOptions,
+) -> None:
+    """Put what is measured into the results, one after another."""
     for precision in precisions:
         wanted = in_precision(options, precision)
         summary = neuron_xtts.compile(
@@ -185,15 +208,10 @@ def bench_device(
         ]
         if summary.canary is not None and summary.canary.failure:
             results.verdict = str(summary.canary.failure)
-            return results
+            return
         neuron_xtts.patch(xtts, **wanted)
         try:
-            patch = find_patch(xtts)
-            assert patch is not None
-            backend = patch.dispatcher.engines.first.runner.backend
-            assert isinstance(backend, NeuronBackend)
-            results.graphs[precision] = [_time(loaded, backend, iterations) for loaded in backend.loaded]
-            results.over_host[precision] = backend.over_host
+            _time_all(results, precision, xtts, iterations)
         finally:
             neuron_xtts.unpatch(xtts)
     first = in_precision(options, precisions[0])
@@ -202,7 +220,18 @@ def bench_device(
     )
     results.stream = bench_stream(subject, lengths=STREAMS, rounds=rounds, options=first)
     results.fallbacks = {**results.sentence.fallbacks, **results.stream.fallbacks}
-    return results
+
+
+def _time_all(results: DeviceResults, precision: str, xtts: Any, iterations: int) -> None:
+    """Time every graph; nothing here keeps them on the device beside those of the next precision."""
+    patch = find_patch(xtts)
+    assert patch is not None
+    backend = patch.runner.backend
+    assert isinstance(backend, NeuronBackend)
+    results.over_host[precision] = backend.over_host
+    times = results.graphs[precision] = []
+    for loaded in backend.loaded:
+        times.append(_time(loaded, backend, iterations))
 
 
 @torch.no_grad()

@@ -179,6 +179,9 @@ def _refused(program: Lowered) -> list[tuple[str, str]]:
         found.append(("NCC_EVRF004", "complex types are not supported"))
     if re.search(r"\bf64\[", text):
         found.append(("NCC_ESPP004", "f64 is not supported"))
+    constants = re.findall(r"\b[su]64\[\](?:\{\})? constant\((-?\d+)\)", text)
+    if any(not -(2**31) <= int(value) < 2**31 for value in constants):
+        found.append(("NCC_ESFH001", "64-bit constants that exceed the 32-bit range are not supported"))
     if re.search(r"\[[^\]]*<=", text):
         found.append(("NCC_EMOD025", "dynamic shapes are not supported"))
     if _constant_bytes(program) > _LIMIT:
