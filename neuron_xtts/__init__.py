@@ -11,10 +11,12 @@ from neuron_xtts.errors import (
     NeuronXttsError,
     QueueFullError,
     UnsupportedVersionError,
+    VoiceError,
 )
 from neuron_xtts.precision import Precision
 from neuron_xtts.report import Report
 from neuron_xtts.version import __version__
+from neuron_xtts.voice import Voice
 
 __all__ = [
     "ArtifactError",
@@ -28,6 +30,8 @@ __all__ = [
     "QueueFullError",
     "Report",
     "UnsupportedVersionError",
+    "Voice",
+    "VoiceError",
     "__version__",
     "compile",
     "is_patched",

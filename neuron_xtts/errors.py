@@ -31,6 +31,10 @@ class ArtifactError(NeuronXttsError, RuntimeError):
     """A compiled graph in the store cannot be used."""
 
 
+class VoiceError(NeuronXttsError, ValueError):
+    """A voice cannot be spoken with: its file holds none, or it was made by other weights."""
+
+
 class QueueFullError(NeuronXttsError, RuntimeError):
     """As many calls decode and wait as may."""
 

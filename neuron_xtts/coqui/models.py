@@ -22,6 +22,8 @@ XTTS_V2 = {
     "gpt_stop_audio_token": STOP_CODE,
     "gpt_max_audio_tokens": 605,
 }
+#: By which coqui-tts downloads XTTS v2.
+DOWNLOADED = "tts_models/multilingual/multi-dataset/xtts_v2"
 # Choices of ours for a quick look and for tests. The vocoder's width is no argument of XttsArgs.
 SMALL = {"gpt_layers": 2, "gpt_n_model_channels": 64, "gpt_n_heads": 2, "decoder_input_dim": 64}
 SMALL_VOCODER_CHANNELS = 64
@@ -61,6 +63,31 @@ def load_or_make(checkpoint: Path | None, small: bool) -> Any:
         return load_tts(checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         return random_tts(Path(folder), small=small, progress=True)
+
+
+def load_or_download(checkpoint: Path | None) -> Any:
+    """The model in a folder, or XTTS v2 as coqui-tts downloads it, which asks for its licence.
+
+    Args:
+        checkpoint: the folder; None to download, unless that was done before.
+
+    Returns:
+        a ``TTS.api.TTS``.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_or_make` does, or it cannot be had.
+    """
+    if checkpoint is not None:
+        return load_or_make(checkpoint, small=False)
+    from TTS.api import TTS
+
+    try:
+        return TTS(DOWNLOADED, progress_bar=False)
+    except Exception as error:  # of networks, disks and licences that were not agreed to
+        raise ValueError(
+            f"{DOWNLOADED} cannot be had ({describe(error)}); expected a network and an answer to its licence "
+            "(COQUI_TOS_AGREED=1 where nobody can be asked), or --checkpoint DIR"
+        ) from error
 
 
 def find_miniature() -> Path | None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from neuron_xtts.coqui.surface import Xtts
+from neuron_xtts.coqui.weights import Digester, tensor_digest, tensors_of
 
 # Arguments of ``Xtts.inference``, by which ``Xtts.synthesize`` is told by the configuration of a checkpoint.
 _INFERENCE = ("temperature", "length_penalty", "repetition_penalty", "top_k", "top_p")
@@ -20,6 +25,31 @@ _CONDITIONING = {
 def settings_of(xtts: Any) -> dict[str, Any]:
     """The arguments of ``Xtts.inference`` that a checkpoint was made for."""
     return {name: xtts.config[name] for name in _INFERENCE}
+
+
+def conditioning_of(xtts: Any) -> dict[str, Any]:
+    """The arguments of ``Xtts.get_conditioning_latents`` that a checkpoint was made for."""
+    return {argument: xtts.config[name] for name, argument in _CONDITIONING.items()}
+
+
+def encoders_of(xtts: Xtts) -> tuple[list[nn.Module], list[Tensor]]:
+    """The modules that make a voice, those inside included, and their weights."""
+    parts = _encoders(xtts)
+    tensors = [xtts.mel_stats, *(tensor for part in parts for tensor in tensors_of(part))]
+    return [module for part in parts for module in part.modules()], tensors
+
+
+def encoders_digest(xtts: Any) -> str:
+    """SHA-256 of what makes a voice of a recording: the encoders' layers and weights."""
+    digester = Digester()
+    found = [digester.digest(part) for part in _encoders(xtts)]
+    return hashlib.sha256(json.dumps([*found, tensor_digest(xtts.mel_stats)]).encode()).hexdigest()
+
+
+def _encoders(xtts: Xtts) -> list[Any]:
+    gpt = xtts.gpt
+    perceiver = [gpt.conditioning_perceiver] if gpt.use_perceiver_resampler else []
+    return [gpt.conditioning_encoder, xtts.hifigan_decoder.speaker_encoder, *perceiver]
 
 
 def voice_of(
@@ -47,6 +77,5 @@ def voice_of(
             f"speaker={speaker!r} and no speaker_wav; expected a recording to speak like, a speaker in a voice_dir, or "
             f"one of the checkpoint's speakers, of which there are: {there}"
         )
-    settings = {argument: xtts.config[name] for name, argument in _CONDITIONING.items()}
-    voice = xtts.clone_voice(speaker_wav, speaker, voice_dir, **settings)
+    voice = xtts.clone_voice(speaker_wav, speaker, voice_dir, **conditioning_of(xtts))
     return voice["gpt_conditioning_latents"], voice["speaker_embedding"]

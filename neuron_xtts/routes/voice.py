@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from neuron_xtts.coqui.hooks import check_unhooked
-from neuron_xtts.coqui.surface import Module, Networks, Xtts
-from neuron_xtts.coqui.weights import file_digest, stamp, tensor_digest, tensors_of
+from neuron_xtts.coqui.surface import Networks
+from neuron_xtts.coqui.voices import encoders_of
+from neuron_xtts.coqui.weights import file_digest, stamp, tensor_digest
 from neuron_xtts.errors import Fallback
 from neuron_xtts.routes.base import Context, Method
 
@@ -55,7 +56,7 @@ class _Call:
         xtts = self.context.xtts()
         if xtts is None or Networks.of(xtts) != self.context.runner.networks:
             raise Fallback("the model's modules were replaced after patch()")
-        modules, tensors = _encoders(xtts)
+        modules, tensors = encoders_of(xtts)
         if any(module.training for module in modules):
             raise Fallback("training mode")
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
@@ -69,16 +70,6 @@ class _Call:
         content = identify(call.arguments.pop(recording, None))  # a wrapper may hide its name
         # By repr: 6 is not 6.0, with which coqui-tts raises.
         return content, repr(call.arguments), tuple(map(id, modules)), stamp(tensors)
-
-
-def _encoders(xtts: Xtts) -> tuple[list[nn.Module], list[Tensor]]:
-    """The modules that make a voice, and their weights."""
-    gpt = xtts.gpt
-    parts: list[Module] = [gpt.conditioning_encoder, xtts.hifigan_decoder.speaker_encoder]
-    if gpt.use_perceiver_resampler:
-        parts.append(gpt.conditioning_perceiver)
-    tensors = [xtts.mel_stats, *(tensor for part in parts for tensor in tensors_of(part))]
-    return [module for part in parts for module in part.modules()], tensors
 
 
 def _files(recording: Any) -> Hashable:

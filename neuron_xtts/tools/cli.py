@@ -13,7 +13,7 @@ from typing import TypeAlias
 from neuron_xtts.buckets import BucketPlan
 from neuron_xtts.coqui.constants import STREAM_CHUNK
 from neuron_xtts.errors import NeuronXttsError
-from neuron_xtts.tools import commands
+from neuron_xtts.tools import commands, voices
 from neuron_xtts.tools.bench import PLAIN
 from neuron_xtts.tools.bench.batch import RATE, SCENES
 from neuron_xtts.version import __version__
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(required=True, metavar="command")
-    for add in (_add_demo, _add_judge, _add_compile, _add_bench, _add_graphs, _add_doctor):
+    for add in (_add_demo, _add_voices, _add_judge, _add_compile, _add_bench, _add_graphs, _add_doctor):
         add(subparsers)
     return parser
 
@@ -67,6 +67,43 @@ def _add_demo(subparsers: Subparsers) -> None:
     demo.add_argument("--seed", type=_seed, default=1, help="(default: %(default)s)")
     _add_backend(demo)
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="(default: %(default)s)")
+
+
+def _add_voices(subparsers: Subparsers) -> None:
+    keeping = subparsers.add_parser(
+        "voices",
+        help="keep voices as files: add, list, remove",
+        description="Keep voices as files. A voice is made of recordings once, and is spoken with from then on: it "
+        "holds the conditioning latents, the speaker embedding, what made them, and the recordings, of which other "
+        "weights make it again.",
+        epilog="examples:\n  neuron-xtts voices add ann ann.wav --checkpoint DIR\n  neuron-xtts voices list\n"
+        "  neuron-xtts voices remove ann",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = keeping.add_subparsers(required=True, metavar="action")
+    adding = actions.add_parser("add", help="make a voice of recordings, and keep it")
+    adding.set_defaults(run=voices.run_add)
+    adding.add_argument("name", help="of the voice")
+    adding.add_argument("recordings", type=Path, nargs="*", metavar="FILE", help="of one voice")
+    adding.add_argument("--speaker", metavar="NAME", help="one of the checkpoint's own, in place of recordings")
+    adding.add_argument("--replace", action="store_true", help="a voice of that name that is there")
+    adding.add_argument("--forget", action="store_true", help="do not keep the recordings in the file")
+    adding.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="that makes it (default: XTTS v2, as coqui-tts downloads it)"
+    )
+    listing = actions.add_parser("list", help="name the voices that there are")
+    listing.set_defaults(run=voices.run_list)
+    listing.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="say which of them it can speak with, and its own speakers, too"
+    )
+    removing = actions.add_parser("remove", help="delete a voice")
+    removing.set_defaults(run=voices.run_remove)
+    removing.add_argument("name", help="of the voice")
+    for parser in (adding, listing, removing):
+        parser.add_argument(
+            "--voices", type=Path, metavar="DIR", help="the folder (default: NEURON_XTTS_VOICES, or the user's data)"
+        )
+        parser.add_argument("--json", action="store_true", help="objects instead of text")
 
 
 def _add_compile(subparsers: Subparsers) -> None:
