@@ -1002,7 +1002,7 @@ def test_the_benchmark_of_a_device(neuron, compiled, small_plan, monkeypatch, tm
     assert "neuronx-cc" in text
     assert files["png"].stat().st_size > 1000
     with monkeypatch.context() as patched:  # of a device that gives up in the middle there is what came before
-        patched.setattr(LoadedGraph, "read", failing(LoadedGraph.read, 1))
+        patched.setattr(LoadedGraph, "read", failing(LoadedGraph.read, 5))
         assert main([*command, "--store", str(compiled)]) == 0
     ended = json.loads(files["json"].read_text())
     assert ended["verdict"].endswith("The benchmark ended early: RuntimeError: the device is gone")

@@ -79,6 +79,7 @@ class NeuronBackend:
         self.precision = precision.name
         self.unavailable: dict[tuple[str, Bucket], str] = {}
         self.over_host: str | None = None
+        self._error: str | None = None  # that is why, and may be gone in the next process
         self._loaded: dict[tuple[str, Bucket], LoadedGraph] = {}
         self._recipes = {recipe.graph: recipe for recipe in recipes}
         self._stamps = {name: (stamp(tensors_of(graph)), True) for name, graph in graphs.items()}
@@ -156,10 +157,9 @@ class NeuronBackend:
             self.over_host = self.over_host or known["over host"]
             return
         wrong = error = None
-        noted = self.over_host
         if not self.over_host:
-            noted, error = self._tried(bucket, ways, precision)
-            self.over_host = noted or error  # an error may be gone in the next process
+            wrong, self._error = self._tried(bucket, ways, precision)
+            self.over_host = wrong or self._error
         if self.over_host:
             wrong, error = self._tried(bucket, ways, precision)
         if wrong:
@@ -168,7 +168,7 @@ class NeuronBackend:
             self.unavailable[decoder, bucket] = reason
             del self._loaded[decoder, bucket]
         else:
-            artifact.record(rehearsed={"with": names, "over host": noted} if noted == self.over_host else None)
+            artifact.record(rehearsed=None if self._error else {"with": names, "over host": self.over_host})
 
     def _tried(
         self, bucket: Bucket, ways: Sequence[tuple[Bucket, ...]], precision: Precision
