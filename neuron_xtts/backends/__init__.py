@@ -99,5 +99,8 @@ class Backend(Protocol):
     def close(self) -> None:
         """Leave the model's weights as they were found."""
 
+    def unload(self) -> None:
+        """Let go of what graphs take of a device; whatever still runs there falls back."""
+
     def new_state(self, slots: int, capacity: int) -> DecodeState:
         """The decode graph with an empty state; ``slots`` and ``capacity``, in positions, are a bucket."""

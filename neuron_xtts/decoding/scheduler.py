@@ -151,7 +151,6 @@ class Scheduler:
             QueueFullError: too many calls wait.
             Fallback: no bucket holds its rows.
         """
-        self._check_outside()
         with self._begun(call):
             self._wait(call)
         return list(call.steps)
@@ -163,7 +162,6 @@ class Scheduler:
             QueueFullError: too many calls wait.
             Fallback: no bucket holds its row.
         """
-        self._check_outside()
         with self._begun(call):
             while True:
                 self._wait(call)
@@ -171,11 +169,6 @@ class Scheduler:
                     return
                 codes, latents = call.steps.popleft()
                 yield codes.clone(), latents.clone()  # in the caller's mode, and its own
-
-    def _check_outside(self) -> None:
-        """Raise `Fallback` if this thread is computing a step, as in a hook, and would wait for itself."""
-        if self._thread == threading.get_ident():
-            raise Fallback("a call from inside of a decode step")
 
     def counts(self) -> BatchCounts:
         """What became of rows so far, and where they are now."""
@@ -236,6 +229,8 @@ class Scheduler:
 
     def _wait(self, call: Call) -> None:
         """Until the call is ready: another thread computes for it, or this one does for all."""
+        if self._thread == threading.get_ident() and not call.ready:  # in a hook, say: it would wait for itself
+            raise Fallback("a call from inside of a decode step")
         try:
             while not call.ready:
                 caller().check()

@@ -73,8 +73,7 @@ class Dispatcher:
             args: of the call.
             kwargs: of the call.
         """
-        inside = getattr(self._here, "holds", False) or getattr(self._here, "falls_back", False)
-        if self._gives_way and not inside:
+        if self._gives_way and not self._inside:
             self._gave_way.wait()
             return self._again(route, method)(*args, **kwargs)
         route.check(kwargs)
@@ -95,7 +94,7 @@ class Dispatcher:
     def giving_way(self) -> Iterator[None]:
         """Have calls of other threads that begin from now on wait for the end of a ``with`` block, and call again then.
 
-        What runs goes on. So do calls from inside of a method of coqui-tts's own, for whose end others may wait.
+        What runs goes on. So does what is called inside of a turn, for whose end others may wait.
         """
         self._here.holds = self._gives_way = True
         try:
@@ -103,6 +102,11 @@ class Dispatcher:
         finally:
             self._here.holds = False
             self._gave_way.set()
+
+    @property
+    def _inside(self) -> bool:
+        """Whether this thread has others wait, or a turn."""
+        return getattr(self._here, "holds", False) or any(turns.mine for turns in self._turns.each)
 
     def _again(self, route: Route, method: Method) -> Method:
         """What is in the place of a method now."""

@@ -128,6 +128,12 @@ class Patch:
         for context in self.dispatcher.engines.contexts:
             context.runner.backend.close()
 
+    def make_way(self) -> None:
+        """The same for another patch, which needs what graphs take of a device, too."""
+        self.close()
+        for context in self.dispatcher.engines.contexts:
+            context.runner.backend.unload()
+
 
 # Of models that were ever patched: what runs on by an earlier patch takes turns with what a later one runs.
 _turns: weakref.WeakKeyDictionary[Xtts, AllTurns] = weakref.WeakKeyDictionary()
@@ -151,7 +157,7 @@ def install(xtts: Xtts, options: Options, *, strict: bool, voice_cache: int, que
     with former.dispatcher.giving_way() if former else contextlib.nullcontext():
         try:
             if former:
-                former.close()  # before anything of the weights is converted anew
+                former.make_way()  # before anything of the weights is converted anew
             made = Patch(xtts, options, strict=strict, voice_cache=voice_cache, queue=queue, former=former)
         except BaseException:
             remove(xtts)

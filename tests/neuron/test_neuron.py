@@ -1,5 +1,6 @@
 """The Neuron backend from end to end, on the double of torch_neuronx that executes what was lowered."""
 
+import gc
 import itertools
 import json
 import logging
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,7 +23,7 @@ from helpers import all_fallbacks, assert_identical, assert_same_speech, failing
 
 import neuron_xtts
 from neuron_xtts import BucketPlan
-from neuron_xtts.backends.neuron.backend import LoadedGraph, NeuronState
+from neuron_xtts.backends.neuron.backend import LoadedGraph, NeuronBackend, NeuronState
 from neuron_xtts.backends.neuron.store import MANIFEST, MODEL, Store
 from neuron_xtts.errors import ArtifactError, Fallback
 from neuron_xtts.routes import vocoder as routes_vocoder
@@ -543,6 +545,33 @@ def test_an_error_while_caches_are_tried(xtts, voice, patch, spoiled, monkeypatc
     patch(xtts, store=spoiled.root)
     assert neuron_xtts.report(xtts).over_host is None
     assert all(artifact(spoiled, name).manifest["rehearsed"] for name in names)
+
+
+def test_another_patch_finds_the_device_empty(xtts, voice, patch):
+    """Its graphs need the memory of those before; a stream that ran on them goes on without."""
+    expected = list(chunks_of(xtts, voice))
+    patch(xtts)
+    stream = chunks_of(xtts, voice)
+    found = [next(stream)]
+    graphs = [weakref.ref(graph) for graph in backend_of(xtts).loaded]
+    seen = []
+    load = NeuronBackend._load
+
+    def look(self, *arguments):
+        seen.append(sum(graph() is not None for graph in graphs))
+        return load(self, *arguments)
+
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(NeuronBackend, "_load", look)
+            patch(xtts)
+    finally:
+        gc.enable()
+    assert max(seen) <= 1  # that on which the stream's cache is
+    found += stream
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 def test_a_patch_draws_nothing(xtts, patch):

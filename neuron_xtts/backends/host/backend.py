@@ -107,6 +107,9 @@ class CpuBackend:
         if self._linears.aside:
             self._linears.aside.bring_back()
 
+    def unload(self) -> None:
+        """See `Backend.unload`: there is no device, and what runs here goes on."""
+
     def new_state(self, slots: int, capacity: int) -> HostState | Rows:
         """See `Backend.new_state`."""
         decode = self._graphs["decode"]

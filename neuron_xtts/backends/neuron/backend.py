@@ -230,7 +230,9 @@ class NeuronBackend:
     @contextmanager
     def counting(self, graph: str, bucket: Bucket) -> Iterator[LoadedGraph]:
         """A loaded graph, for the length of a ``with`` block whose error counts as one of its own."""
-        loaded = self._loaded[graph, bucket]
+        loaded = self._loaded.get((graph, bucket))
+        if loaded is None:
+            raise Fallback(f"no {graph} graph: {self.unavailable[graph, bucket]}")
         try:
             yield loaded
         except Exception as error:
@@ -242,6 +244,11 @@ class NeuronBackend:
 
     def close(self) -> None:
         """See `Backend.close`: there is nothing to do."""
+
+    def unload(self) -> None:
+        """See `Backend.unload`."""
+        self.unavailable |= dict.fromkeys(self._loaded, "another patch took its place")
+        self._loaded.clear()
 
     def new_state(self, slots: int, capacity: int) -> NeuronState:
         """See `Backend.new_state`. Several may be in use: what a graph holds of one moves to the host for another."""
