@@ -279,23 +279,28 @@ threading.Thread(target=work).start()
 def test_a_book_leaves_the_queue_to_others(tts, options, monkeypatch):
     """However many of its texts wait, a call beside them does, too; the next one is one too many."""
     neuron_xtts.patch(tts, backend="cpu", buckets=BucketPlan(slots=(2,)), queue=1)
+    tts.tts("so that the voice is known.", **options)
     real, gate = Batch.step, threading.Event()
-    monkeypatch.setattr(Batch, "step", lambda *arguments: gate.wait(300) and real(*arguments))
+    monkeypatch.setattr(Batch, "step", lambda *arguments: gate.wait(60) and real(*arguments))
+    scheduler = scheduler_of(tts)
 
-    def waiting(calls):
-        end = time.monotonic() + 60
-        while len(scheduler_of(tts)._queue) < calls and time.monotonic() < end:
+    def begun(calls):
+        end = time.monotonic() + 30
+        while len(scheduler._queue) + len(scheduler._running) < calls and time.monotonic() < end:
             time.sleep(0.01)
-        return len(scheduler_of(tts)._queue) == calls
+        return len(scheduler._queue) + len(scheduler._running) == calls
 
     with ThreadPoolExecutor(2) as pool:
-        said = pool.submit(lambda: list(neuron_xtts.speak_many(tts, TEXTS, progress=False, **options)))
-        assert waiting(2)  # two decode, and stand still
-        other = pool.submit(lambda: tts.tts("one more.", **options))
-        assert waiting(3)
-        with pytest.raises(neuron_xtts.QueueFullError):
-            tts.tts("one too many.", **options)
-        gate.set()
+        try:
+            said = pool.submit(lambda: list(neuron_xtts.speak_many(tts, TEXTS, progress=False, **options)))
+            assert begun(4)  # twice as many as there are slots; whoever decodes stands still
+            assert len(scheduler._queue) > 1
+            other = pool.submit(lambda: tts.tts("one more.", **options))
+            assert begun(5)
+            with pytest.raises(neuron_xtts.QueueFullError):
+                tts.tts("one too many.", **options)
+        finally:
+            gate.set()
         assert len(said.result(120)) == len(TEXTS)
         assert len(other.result(120)) > 0
 
