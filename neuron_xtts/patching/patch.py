@@ -56,13 +56,16 @@ class Patch:
         self._counters = RunCounters()
         turns = _turns.setdefault(xtts, AllTurns())
         runners = self._make_runners(options, turns)
+        prefixes: Any = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
+        if former is not None:  # of streams that are between their two calls
+            prefixes = former.dispatcher.engines.first.prefixes
         shared: dict[str, Any] = {
             "xtts": weakref.ref(xtts),
             "latents": LatentsMemo(),
             "audio": AudioMemo(runners[0].halo),
             "voices": {route.name: VoiceMemo(voice_cache) for route in ROUTES if route.kind is Kind.REMEMBERED},
             "listening": Listening(),
-            "prefixes": WeakIdKeyDictionary(),  # type: ignore[no-untyped-call]
+            "prefixes": prefixes,
         }
         schedulers: list[Scheduler] = []
         contexts = [Context(runner, Scheduler(runner, queue, schedulers), **shared) for runner in runners]
