@@ -40,6 +40,8 @@ class Patch:
         former: the patch that gives way.
     """
 
+    dispatcher: Dispatcher
+
     def __init__(
         self,
         xtts: Xtts,
