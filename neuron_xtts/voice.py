@@ -266,9 +266,7 @@ class VoiceFolder:
             ValueError: there is none of that name; those that there are are named.
             VoiceError: as `Voice.load` does.
         """
-        if name not in self:
-            raise ValueError(f"there is no voice {name!r} in {self.root}; there are: {', '.join(self) or 'none'}")
-        return Voice.load(self.path(name))
+        return Voice.load(self._existing(name))
 
     def add(self, name: str, voice: Voice, *, replace: bool = False) -> Path:
         """Keep a voice; returns its file.
@@ -287,9 +285,14 @@ class VoiceFolder:
         Raises:
             ValueError: there is none of that name.
         """
+        path = self._existing(name)
+        path.unlink()
+        return path
+
+    def _existing(self, name: str) -> Path:
+        """The file of a voice. Raises ValueError if there is none."""
         if name not in self:
             raise ValueError(f"there is no voice {name!r} in {self.root}; there are: {', '.join(self) or 'none'}")
-        self.path(name).unlink()
         return self.path(name)
 
 

@@ -106,8 +106,9 @@ class Batch:
         """
         slots = [_slot(row) for row in rows]
         positions = self._positions()
-        state = self._make_room(0, self._next())
-        bucket = self._bucket(len(positions), self._next(), exact=1)
+        needed = self._next()
+        state = self._make_room(0, needed)
+        bucket = self._bucket(len(positions), needed, exact=1)
         return self._runner.step(state, bucket, given, slots, positions)
 
     def park(self, rows: Sequence[Row]) -> list[Parked]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neuron_xtts.coqui.models import load_or_download, load_or_make
+from neuron_xtts.coqui.voices import encoders_digest
 from neuron_xtts.errors import VoiceError
 from neuron_xtts.tables import table
 from neuron_xtts.tools.recordings import check_recording
@@ -36,7 +37,8 @@ def run_list(arguments: argparse.Namespace) -> int:
     """Name the voices that there are."""
     folder = VoiceFolder(arguments.voices)
     tts = load_or_make(arguments.checkpoint, False) if arguments.checkpoint else None
-    voices = [_described(name, folder, tts) for name in folder]
+    encoders = encoders_digest(tts.synthesizer.tts_model) if tts else None  # once: it reads all of their weights
+    voices = [_described(name, folder, encoders) for name in folder]
     if tts is not None:
         own = getattr(tts.synthesizer.tts_model.speaker_manager, "speakers", {})
         voices += [{"name": name, "speaks": "yes", "of": "the checkpoint's own", "file": None} for name in own]
@@ -53,8 +55,8 @@ def run_remove(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _described(name: str, folder: VoiceFolder, tts: Any = None) -> dict[str, Any]:
-    """What is known of a voice, and, where a model is given, whether that can speak with it."""
+def _described(name: str, folder: VoiceFolder, encoders: str | None = None) -> dict[str, Any]:
+    """What is known of a voice, and, with the digest of a model's encoders, whether that can speak with it."""
     found: dict[str, Any] = {"name": name, "file": str(folder.path(name))}
     try:
         voice = folder.load(name)
@@ -62,9 +64,9 @@ def _described(name: str, folder: VoiceFolder, tts: Any = None) -> dict[str, Any
         return found | {"of": None, "speaks": f"no: {error}"}
     of = voice.made.get("speaker") or ", ".join(voice.made.get("recordings", {}))
     found |= {"of": of, "weights": voice.weights, "made": dict(voice.made), "recordings": list(voice.recordings)}
-    if tts is not None:
+    if encoders is not None:
         again = "made again of its recordings" if voice.recordings else "no: made by other weights"
-        found["speaks"] = "yes" if voice.fits(tts) else again
+        found["speaks"] = "yes" if voice.weights == encoders else again
     return found
 
 
