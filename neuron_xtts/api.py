@@ -128,7 +128,7 @@ def compile(
         return summary
     start = time.monotonic()
     graphs, unfit = make_graphs(Networks.of(xtts))
-    summary.missing = {name: reason for name, reason in unfit.items() if options.static_plan.wants(name)}
+    summary.missing = options.static_plan.lacking(unfit)
     check_exact(graphs)
     summary.store = options.store.root
     summary.entries, summary.canary = compile_all(

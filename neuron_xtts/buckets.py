@@ -96,6 +96,10 @@ class BucketPlan:
         """Whether it has sizes, or exact ones, for a graph."""
         return () not in self.dimensions(graph)
 
+    def lacking(self, unfit: Mapping[str, str]) -> dict[str, str]:
+        """Of graphs that do not fit a model, each with the reason, those that it wants."""
+        return {graph: reason for graph, reason in unfit.items() if self.wants(graph)}
+
     def buckets(self, graph: str) -> list[Bucket]:
         """Every bucket of a graph, smallest first; none where a dimension is exact."""
         if CATALOGUE[graph].moves:

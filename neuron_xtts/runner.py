@@ -55,7 +55,7 @@ class Runner:
     ) -> None:
         self.networks = networks
         self._graphs = graphs
-        self._unfit = {name: reason for name, reason in unfit.items() if backend.plan.wants(name)}
+        self._unfit = backend.plan.lacking(unfit)
         self.halo = halo_of(graphs.values())
         check_windows(backend.plan, self.halo)
         self.backend = backend

@@ -256,7 +256,7 @@ def _lower(arguments: argparse.Namespace) -> int:
     xtts = load_or_make(arguments.checkpoint, arguments.small).synthesizer.tts_model
     plan = _plan(arguments)
     graphs, unfit = make_graphs(Networks.of(xtts))
-    missing = {name: reason for name, reason in unfit.items() if plan.wants(name)}
+    missing = plan.lacking(unfit)
     with tempfile.TemporaryDirectory() as scratch:
         lowered = lower_all(graphs, plan, _precision(arguments), Path(scratch), progress=True)
     if arguments.json:

@@ -169,9 +169,8 @@ def _graphs(model: Xtts, options: Options) -> Iterator[tuple[str, ...]]:
         else:
             state = "ready" if artifact.manifest["verification"] else "ready, not yet verified on a device"
         yield recipe.graph, bucket_name(recipe.bucket), state
-    for graph, reason in missing.items():
-        if options.static_plan.wants(graph):
-            yield graph, "", reason
+    for graph, reason in options.static_plan.lacking(missing).items():
+        yield graph, "", reason
 
 
 def _version_problems() -> Iterator[str]:
