@@ -1,20 +1,18 @@
 """Compile XTTS v2 for Neuron, once: ``python compile_for_neuron.py --target inf2``.
 
-It needs Neuron's packages, in the versions that docs/neuron.md installs, memory and minutes for each graph, but no
-Neuron device. On an instance with one, ``neuron_xtts.patch(tts)`` then loads the graphs in every process.
+Needs Neuron's packages as docs/neuron.md installs them, and minutes for each graph, but no device. Where there is one,
+``neuron_xtts.patch(tts)`` then loads the graphs in every process.
 """
 
 import argparse
-import dataclasses
 import sys
+from dataclasses import replace
 from typing import Any
 
 from TTS.api import TTS
 
 import neuron_xtts
 from neuron_xtts import BucketPlan
-
-GRAPHS = ("prefill", "decode", "latents", "vocoder", "conditioning")
 
 
 def load(checkpoint: str | None) -> Any:
@@ -26,17 +24,18 @@ def load(checkpoint: str | None) -> Any:
 
 def main() -> None:
     """Compile what the store does not hold yet, and say what became of each graph."""
+    graphs = ("prefill", "decode", "latents", "vocoder", "conditioning")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", metavar="DIR", help="folder of XTTS v2 (default: coqui-tts downloads it)")
     parser.add_argument("--target", help="inf2, trn1, trn1n or trn2 (default: what this machine is)")
     parser.add_argument("--store", metavar="DIR", help="for the compiled graphs (default: the user's cache folder)")
-    parser.add_argument("--only", choices=GRAPHS, help="compile this graph alone, to try the compiler first")
+    parser.add_argument("--only", choices=graphs, help="compile this graph alone, to try the compiler first")
     args = parser.parse_args()
     plan = BucketPlan.static()
     if args.only:
-        others: dict[str, Any] = {graph: () for graph in GRAPHS if graph not in (args.only, "decode")}
+        others: dict[str, Any] = {graph: () for graph in graphs if graph not in (args.only, "decode")}
         # Prefill's cache is as large as decoding wants it, so its sizes stay, and without slots nothing decodes.
-        plan = dataclasses.replace(plan, slots=plan.slots if args.only == "decode" else (), **others)
+        plan = replace(plan, slots=plan.slots if args.only == "decode" else (), **others)
     try:
         tts = load(args.checkpoint)
         summary = neuron_xtts.compile(tts, backend="neuron", target=args.target, store=args.store, buckets=plan)

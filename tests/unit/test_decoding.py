@@ -35,7 +35,7 @@ class Speaker:
     def __init__(self, xtts, prefix, length, seed):
         generator = torch.Generator().manual_seed(seed)
         self.embeds = torch.randn(1, length, 64, generator=generator)
-        (self.row,) = make_rows(Sampler(Sampling(), prefix, stop_code=25), 1, start_code=24)
+        (self.row,) = make_rows(Sampler(Sampling(max_new_tokens=length), prefix, stop_code=25), 1, start_code=24)
         self.expected = make_graphs(Networks.of(xtts))[0]["latents"](self.embeds)[0][0]
         self.head = xtts.gpt.mel_head
 
