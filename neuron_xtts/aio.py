@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -39,7 +39,7 @@ async def speak(model: object, text: str, **options: Any) -> Wav:
         QueueFullError: as many calls as may wait already.
     """
     patch_of(model)
-    thread = _Thread()
+    thread = _Thread(Caller(thread=threading.current_thread()))
     try:
         return await thread.run(partial(_speak, model, text, **options))
     finally:
@@ -64,8 +64,18 @@ async def stream(model: object, text: str, *, language: str, **options: Any) -> 
         ValueError: the model is not patched, or no voice is named.
         QueueFullError: as many calls as may wait already.
     """
+    on_behalf = Caller(thread=threading.current_thread())
+    async with contextlib.aclosing(stream_for(on_behalf, model, text, language=language, **options)) as chunks:
+        async for chunk in chunks:
+            yield chunk
+
+
+async def stream_for(
+    on_behalf: Caller, model: object, text: str, *, language: str, **options: Any
+) -> AsyncGenerator[Tensor, None]:
+    """The same as `stream`, on behalf of somebody of whom more is known than that it may go."""
     patch_of(model)
-    thread = _Thread()
+    thread = _Thread(on_behalf)
     chunks = _chunks(model, text, language=language, **options)
     try:
         while True:
@@ -80,9 +90,9 @@ async def stream(model: object, text: str, *, language: str, **options: Any) -> 
 class _Thread:
     """A thread that calls on behalf of a task."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_behalf: Caller) -> None:
         self._pool = ThreadPoolExecutor(1, "neuron_xtts.aio")
-        self._caller = Caller(thread=threading.current_thread())
+        self._caller = on_behalf
 
     async def run(self, call: Callable[[], T]) -> T:
         """What a call gives, made in the thread."""

@@ -24,11 +24,15 @@ class Caller:
     Attributes:
         patient: likewise.
         thread: likewise.
+        due: when, by `time.monotonic`, what it has to play already runs out; None: it has nothing.
+        codes: that its streams have given.
     """
 
     def __init__(self, *, patient: bool = False, thread: threading.Thread | None = None) -> None:
         self.patient = patient
         self.thread = thread
+        self.due: float | None = None
+        self.codes = 0
         self._gone = False
         self._cancels: set[Cancel] = set()
 

@@ -195,6 +195,7 @@ class Dispatcher:
             if step is end:
                 return
             self.engines.worked(context)
+            caller().codes += 1
             yield step
 
     def _theirs(self, steps: Iterator[object], claim: Claim | None) -> Iterator[object]:
@@ -206,6 +207,7 @@ class Dispatcher:
                     step = next(steps, end)
                 if step is end:
                     return
+                caller().codes += 1
                 yield step
 
     @contextlib.contextmanager

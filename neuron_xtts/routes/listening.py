@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from neuron_xtts.decoding.caller import Caller
 from neuron_xtts.turns import Turns, later
 
 Step = TypeVar("Step")
@@ -26,24 +27,27 @@ class Listener:
 
     Args:
         turns: of the engine that decodes it.
+        caller: that may have something else to play first.
     """
 
-    def __init__(self, turns: Turns) -> None:
+    def __init__(self, turns: Turns, caller: Caller) -> None:
         self.turns = turns
+        self._caller = caller
         self._began: float | None = None  # to play
         self._seconds = 0.0  # of audio that it was sent
 
     def urgency(self) -> float:
-        """0 before anything was sent, else how many seconds are left, if those are few."""
-        if self._began is None:
+        """0 where there is nothing to play yet, else how many seconds are left, if those are few."""
+        runs_out = self._caller.due if self._began is None else self._began + self._seconds
+        if runs_out is None:
             return 0.0
-        left = self._began + self._seconds - time.monotonic()
+        left = runs_out - time.monotonic()
         return left if left < _SOON else later()
 
     def sent(self, seconds: float) -> None:
         """Audio of so many seconds, from the first code on, was made for it."""
         if self._began is None:
-            self._began = time.monotonic()
+            self._began = max(time.monotonic(), self._caller.due or 0.0)
         self._seconds = max(self._seconds, seconds)
 
 

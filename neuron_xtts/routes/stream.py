@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from neuron_xtts.coqui.embeddings import embed_start
+from neuron_xtts.decoding.caller import caller
 from neuron_xtts.decoding.sampling import Sampling
 from neuron_xtts.decoding.scheduler import Call, Step
 from neuron_xtts.errors import Fallback
@@ -50,7 +51,7 @@ def get_generator(
     # coqui-tts draws in a stream even if it was asked not to sample.
     prefix = torch.cat([prefix, embed_start(gpt, 1)], dim=1)
     rows = start(context, replace(sampling, draws=True), prefix, generator_of(seed))
-    listener = Listener(context.runner.turns)
+    listener = Listener(context.runner.turns, caller())
     call = Call(rows, prefix, context.runner.identity(), streamed=True, urgency=listener.urgency)
     return context.listening.to(listener, context.scheduler.stream(call))
 
