@@ -34,8 +34,8 @@ import neuron_xtts
 from neuron_xtts import options
 from neuron_xtts.backends.neuron.verification import correlation
 from neuron_xtts.coqui.models import SENTENCES, load_or_make
+from neuron_xtts.coqui.recordings import write_reference
 from neuron_xtts.tables import markdown
-from neuron_xtts.tools.recordings import write_reference
 
 VARIANTS = ("bf16", "int8 unsmoothed", "int8")
 

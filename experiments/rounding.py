@@ -37,6 +37,7 @@ from neuron_xtts.backends.neuron.verification import correlation, deviations
 from neuron_xtts.buckets import bucket_name
 from neuron_xtts.coqui.models import SENTENCES, load_or_make
 from neuron_xtts.coqui.recognise import make_graphs
+from neuron_xtts.coqui.recordings import write_reference
 from neuron_xtts.coqui.surface import Networks
 from neuron_xtts.graphs.catalogue import CATALOGUE
 from neuron_xtts.graphs.operators import states_of
@@ -47,7 +48,6 @@ from neuron_xtts.tools.judge.intervals import Sums, difference, estimate
 from neuron_xtts.tools.judge.listening import RECOGNIZERS, hear_all
 from neuron_xtts.tools.judge.speaking import speak
 from neuron_xtts.tools.judge.words import normalize, word_errors
-from neuron_xtts.tools.recordings import write_reference
 
 VARIANTS = ("weights", "matmult", "all")
 # In which graphs are compared as they are where there is a device.

@@ -15,7 +15,7 @@ import neuron_xtts
 from neuron_xtts import BucketPlan
 from neuron_xtts.backends.neuron import device
 from neuron_xtts.coqui.models import random_tts
-from neuron_xtts.tools.recordings import write_reference
+from neuron_xtts.coqui.recordings import write_reference
 
 torch.set_num_threads(2)
 # Programs of the environment are found, as where it is activated.

@@ -175,7 +175,7 @@ def _save_deflated(checkpoint: Any, path: Path) -> None:
 
 
 def _write_wav(path: Path, samples: np.ndarray) -> None:
-    from neuron_xtts.tools.recordings import write_wav
+    from neuron_xtts.coqui.recordings import write_wav
 
     write_wav(path, torch.from_numpy(samples.astype(np.float32) / 32768), RATE)
 

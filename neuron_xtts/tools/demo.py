@@ -15,9 +15,9 @@ from tqdm import tqdm
 import neuron_xtts
 from neuron_xtts.coqui.constants import OUTPUT_RATE
 from neuron_xtts.coqui.models import SENTENCES, find_miniature, load_or_make, load_tts
+from neuron_xtts.coqui.recordings import check_recording, write_reference, write_wav
 from neuron_xtts.options import Options, PatchOptions
 from neuron_xtts.tables import table
-from neuron_xtts.tools.recordings import check_recording, write_reference, write_wav
 from neuron_xtts.tools.stopwatch import Stopwatch, each_code
 
 if TYPE_CHECKING:

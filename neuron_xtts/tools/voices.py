@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neuron_xtts.coqui.models import load_or_download, load_or_make
+from neuron_xtts.coqui.recordings import check_recording
 from neuron_xtts.coqui.voices import encoders_digest
 from neuron_xtts.errors import VoiceError
 from neuron_xtts.tables import table
-from neuron_xtts.tools.recordings import check_recording
 from neuron_xtts.voice import Voice, VoiceFolder
 
 

@@ -25,6 +25,7 @@ import neuron_xtts
 from neuron_xtts import BucketPlan
 from neuron_xtts.backends.neuron.backend import LoadedGraph, NeuronBackend, NeuronState
 from neuron_xtts.backends.neuron.store import MANIFEST, MODEL, Store
+from neuron_xtts.coqui.recordings import write_reference
 from neuron_xtts.errors import ArtifactError, Fallback
 from neuron_xtts.routes import vocoder as routes_vocoder
 from neuron_xtts.routes.memo import AudioMemo
@@ -35,7 +36,6 @@ from neuron_xtts.tools.bench.methods import bench_methods
 from neuron_xtts.tools.bench.sentence import bench_sentence
 from neuron_xtts.tools.bench.stream import bench_stream
 from neuron_xtts.tools.cli import main
-from neuron_xtts.tools.recordings import write_reference
 
 pytest.importorskip("torch_xla")
 

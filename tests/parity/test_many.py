@@ -216,7 +216,7 @@ from pathlib import Path
 import neuron_xtts
 from neuron_xtts import speaking
 from neuron_xtts.coqui.models import random_tts
-from neuron_xtts.tools.recordings import write_reference
+from neuron_xtts.coqui.recordings import write_reference
 
 folder = Path({str(tmp_path)!r})
 write_reference(folder / "voice.wav", seconds=3)
@@ -249,7 +249,7 @@ import atexit, threading, time
 from pathlib import Path
 import neuron_xtts
 from neuron_xtts.coqui.models import random_tts
-from neuron_xtts.tools.recordings import write_reference
+from neuron_xtts.coqui.recordings import write_reference
 
 folder = Path({str(tmp_path)!r})
 write_reference(folder / "voice.wav", seconds=3)

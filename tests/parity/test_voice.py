@@ -10,7 +10,7 @@ import torch
 from helpers import all_fallbacks, fallbacks
 
 import neuron_xtts
-from neuron_xtts.tools.recordings import write_reference
+from neuron_xtts.coqui.recordings import write_reference
 
 LATENTS, EMBEDDING = "Xtts.get_conditioning_latents", "Xtts.get_speaker_embedding"
 

@@ -10,9 +10,9 @@ import torch
 
 import neuron_xtts
 from neuron_xtts import Voice, VoiceError
+from neuron_xtts.coqui.recordings import write_reference
 from neuron_xtts.coqui.voices import voice_of
 from neuron_xtts.tools.cli import main
-from neuron_xtts.tools.recordings import write_reference
 from neuron_xtts.voice import VoiceFolder
 
 

@@ -14,6 +14,7 @@ from packaging.version import Version
 import neuron_xtts
 from neuron_xtts.coqui import models
 from neuron_xtts.coqui.models import random_tts
+from neuron_xtts.coqui.recordings import write_reference
 from neuron_xtts.tools import demo
 from neuron_xtts.tools.bench import Subject, exactly
 from neuron_xtts.tools.bench.batch import Heard
@@ -22,7 +23,6 @@ from neuron_xtts.tools.bench.sentence import speak
 from neuron_xtts.tools.cli import main
 from neuron_xtts.tools.judge.listening import hear_all
 from neuron_xtts.tools.judge.words import normalize, word_errors
-from neuron_xtts.tools.recordings import write_reference
 
 
 def samples(path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from neuron_xtts.coqui.models import SENTENCES, random_tts
+from neuron_xtts.coqui.recordings import read_wav, write_reference, write_wav
 from neuron_xtts.tools.bench import PLAIN
 from neuron_xtts.tools.cli import main
 from neuron_xtts.tools.judge import by_name
@@ -19,7 +20,6 @@ from neuron_xtts.tools.judge.listening import RECOGNIZERS, Listener, hear_all
 from neuron_xtts.tools.judge.results import ESPEAK, SHUFFLED, JudgeResults, Sample
 from neuron_xtts.tools.judge.speaking import check_lengths, espeak, sounds_the_same
 from neuron_xtts.tools.judge.words import character_errors, normalize, word_errors
-from neuron_xtts.tools.recordings import read_wav, write_reference, write_wav
 
 # The figures
 

@@ -21,9 +21,9 @@ from torch import Tensor
 import neuron_xtts
 from neuron_xtts.backends.host.kernels import cpu_has
 from neuron_xtts.coqui.models import SENTENCES, load_or_make
+from neuron_xtts.coqui.recordings import check_recording, write_reference
 from neuron_xtts.options import PatchOptions
 from neuron_xtts.tables import Table, markdown, table
-from neuron_xtts.tools.recordings import check_recording, write_reference
 
 PLAIN = "coqui-tts"  # the variant that is not patched
 

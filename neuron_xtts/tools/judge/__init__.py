@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import neuron_xtts
 from neuron_xtts.coqui.models import load_or_make
+from neuron_xtts.coqui.recordings import check_recording
 from neuron_xtts.coqui.weights import file_digest
 from neuron_xtts.options import Options, PatchOptions
 from neuron_xtts.tools.bench import PLAIN, in_precision, machine
@@ -40,7 +41,6 @@ from neuron_xtts.tools.judge.speaking import (
     speak,
 )
 from neuron_xtts.tools.judge.words import character_errors, normalize, word_errors
-from neuron_xtts.tools.recordings import check_recording
 
 
 class _Take(NamedTuple):

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from neuron_xtts.backends.neuron.verification import correlation
 from neuron_xtts.coqui.constants import OUTPUT_RATE
+from neuron_xtts.coqui.recordings import read_wav, write_wav
 from neuron_xtts.coqui.voices import settings_of, voice_of
 from neuron_xtts.patching.proxy import Installation
 from neuron_xtts.tools.bench import Voice
-from neuron_xtts.tools.recordings import read_wav, write_wav
 
 LANGUAGE = "en"  # what the recognizers know
 

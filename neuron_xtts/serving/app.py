@@ -1,0 +1,64 @@
+"""The application: every route of a server around one patched model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from neuron_xtts.serving import catalogue, errors, legacy, socket, speech
+from neuron_xtts.serving.metrics import Metrics
+from neuron_xtts.serving.middleware import Gate
+from neuron_xtts.serving.studio import Settings, Studio
+from neuron_xtts.speaking import patch_of
+from neuron_xtts.version import __version__
+from neuron_xtts.voice import VoiceFolder
+
+_BODY = 2**20  # bytes of a request, but for recordings
+_FORM = 2**16  # bytes that a form adds to a recording
+_BODY_OF_NUMBERS = 8 * 2**20  # a voice written as numbers
+
+
+def create_app(model: object, *, voices: VoiceFolder | None = None, settings: Settings | None = None) -> FastAPI:
+    """An application that serves a patched model, for uvicorn or any other server of ASGI.
+
+    Args:
+        model: a patched ``TTS.api.TTS``, ``Synthesizer`` or ``Xtts``.
+        voices: the folder of voices; by default the user's own.
+        settings: how it is served.
+
+    Raises:
+        ValueError: the model is not patched.
+        ApiError: it does not speak the language of the settings.
+    """
+    patch_of(model)
+    settings = settings or Settings()
+    studio = Studio(model, voices or VoiceFolder(), settings)
+    metrics = Metrics(studio)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        warming = asyncio.create_task(studio.warm_up())
+        try:
+            yield
+        finally:
+            warming.cancel()
+            await asyncio.wait([warming])
+
+    app = FastAPI(title="neuron_xtts", version=__version__, lifespan=lifespan, redirect_slashes=False)
+    errors.install(app)
+    for part in (speech, catalogue, legacy, socket):
+        app.include_router(part.router(studio, metrics))
+    app.state.studio = studio
+    # The last one is met first.
+    if settings.origins:
+        app.add_middleware(CORSMiddleware, allow_origins=settings.origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(
+        Gate, keys=settings.keys, most=_BODY, origins=settings.origins,
+        most_of={"/v1/audio/voices": settings.recording + _FORM, "/tts_stream": _BODY_OF_NUMBERS},
+    )  # fmt: skip
+    app.add_middleware(metrics.counting)
+    return app

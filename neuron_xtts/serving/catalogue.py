@@ -1,0 +1,85 @@
+"""What there is: ``/v1/models``, ``/v1/audio/voices``, ``/health``, ``/metrics`` and ``/``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import PurePath
+from typing import Annotated, Any
+
+from fastapi import APIRouter, File, Form, Response, UploadFile
+
+from neuron_xtts.serving.errors import ApiError, json_response
+from neuron_xtts.serving.metrics import Metrics
+from neuron_xtts.serving.studio import ALIASES, Studio
+from neuron_xtts.version import __version__
+
+#: The model, and the names by which OpenAI's clients ask for one.
+MODELS = ("xtts-v2", "tts-1", "tts-1-hd", "gpt-4o-mini-tts")
+
+
+def router(studio: Studio, metrics: Metrics) -> APIRouter:
+    """The routes."""
+    routes = APIRouter()
+    created = int(time.time())
+
+    def described(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": created, "owned_by": "neuron_xtts"}
+
+    @routes.get("/")
+    async def about() -> Response:
+        """What this is."""
+        content = {"name": "neuron_xtts", "version": __version__, "ready": studio.ready, "languages": studio.languages}
+        return json_response(content)
+
+    @routes.get("/health")
+    async def health() -> Response:
+        """Whether it speaks: 200 once it has, 503 before."""
+        status = "ok" if studio.ready else "starting"
+        return json_response({"status": status}, 200 if studio.ready else 503)
+
+    @routes.get("/metrics")
+    async def figures() -> Response:
+        """Figures for Prometheus."""
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @routes.get("/v1/models")
+    async def models() -> Response:
+        """The model, by all of its names."""
+        return json_response({"object": "list", "data": [described(name) for name in MODELS]})
+
+    @routes.get("/v1/audio/models")
+    async def audio_models() -> Response:
+        """The same, for apps that ask for models of audio."""
+        return json_response({"models": [{"id": name, "name": name} for name in MODELS]})
+
+    @routes.get("/v1/models/{name}")
+    async def model(name: str) -> Response:
+        """One of them."""
+        if name not in MODELS:
+            raise ApiError(404, f"There is no model {name!r}; there is {MODELS[0]!r}", code="model_not_found")
+        return json_response(described(name))
+
+    @routes.get("/v1/audio/voices")
+    async def voices() -> Response:
+        """Every voice that can be asked for, aliases included."""
+        there = studio.voices()
+        names = there + [alias for alias in ALIASES if there and alias not in there]
+        items = [{"id": name, "name": name, "object": "audio.voice"} for name in names]
+        return json_response({"object": "list", "data": items, "voices": items})
+
+    @routes.post("/v1/audio/voices")
+    async def create_voice(
+        name: Annotated[str, Form(max_length=256)],
+        audio_sample: Annotated[UploadFile, File()],
+        consent: Annotated[str | None, Form(max_length=4096)] = None,
+    ) -> Response:
+        """Make a voice of a recording, and keep it."""
+        recording = await audio_sample.read()
+        if len(recording) > studio.settings.recording:
+            message = f"audio_sample has {len(recording)} bytes; expected at most {studio.settings.recording}"
+            raise ApiError(413, message, param="audio_sample")
+        suffix = PurePath(audio_sample.filename or "").suffix
+        await studio.add(name, recording, suffix if suffix[1:].isalnum() and suffix.isascii() else "")
+        return json_response({"object": "audio.voice", "id": name, "name": name, "created_at": int(time.time())})
+
+    return routes

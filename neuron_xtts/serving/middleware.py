@@ -1,0 +1,120 @@
+"""Around every request: an id, a key if one is asked for, and a limit on what is read of it."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import re
+import uuid
+from collections.abc import Collection, Mapping
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from neuron_xtts.serving.errors import ApiError, as_api_error
+
+logger = logging.getLogger(__name__)
+
+_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+#: Paths that are answered without a key: whoever asks whether a server is there has none.
+OPEN = frozenset({"/health"})
+
+
+class Gate:
+    """Lets requests in.
+
+    Args:
+        app: that answers them.
+        keys: one of which a request must have; none: every one is let in.
+        most: bytes of a body.
+        most_of: the same for some paths.
+        origins: of web pages that may open a WebSocket, beside those of this server itself; ``*`` is any.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: Collection[str] = (),
+        most: int,
+        most_of: Mapping[str, int] | None = None,
+        origins: Collection[str] = (),
+    ) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+        self._most = most
+        self._most_of = dict(most_of or {})
+        self._origins = set(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, in terms of ASGI."""
+        if scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await self._websocket(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        begun = False
+
+        async def answer(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            if not self._knows(headers, scope["path"]):
+                raise ApiError(401, "The API key is missing or wrong; expected Authorization: Bearer KEY")
+            await self._app(scope, self._limited(scope["path"], headers, receive), answer)
+        except Exception as error:
+            if begun:  # nothing but the connection's end can say it
+                logger.error("request %s failed while it was answered", request_id)
+                raise
+            await as_api_error(error).response()(scope, receive, answer)
+
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        if not self._knows(headers, scope["path"]) or not self._is_welcome(headers):
+            await receive()  # that it connects
+            await send({"type": "websocket.close", "code": 1008, "reason": "no valid API key, or a page of elsewhere"})
+            return
+        await self._app(scope, receive, send)
+
+    def _knows(self, headers: Headers, path: str) -> bool:
+        if not self._keys or path in OPEN:
+            return True
+        kind, _, key = headers.get("authorization", "").partition(" ")
+        given = key.strip().encode() if kind.lower() == "bearer" else b""
+        # All of them, so that the time says nothing.
+        return sum(hmac.compare_digest(given, known) for known in self._keys) > 0
+
+    def _is_welcome(self, headers: Headers) -> bool:
+        """Whether a page that opens a WebSocket is ours: browsers ask nobody before they do, as they do for HTTP."""
+        origin = headers.get("origin")
+        if origin is None or "*" in self._origins or origin in self._origins:
+            return True
+        return urlsplit(origin).netloc == headers.get("host")
+
+    def _limited(self, path: str, headers: Headers, receive: Receive) -> Receive:
+        most = self._most_of.get(path.rstrip("/"), self._most)
+        said = headers.get("content-length", "0")
+        read = 0
+
+        async def limited() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > most or (said.isdecimal() and int(said) > most):
+                raise HTTPException(413, f"The body is too large; expected at most {most} bytes")
+            return message
+
+        return limited

@@ -1,0 +1,272 @@
+"""``WS /v1/audio/speech/stream``: text that arrives word by word, spoken sentence by sentence, in vLLM-Omni's messages.
+
+A client sends ``session.config``, then ``input.text`` as often as it likes and ``input.done``; it may then begin again,
+or ``session.close``. It gets ``audio.start``, bytes and ``audio.done`` of each sentence, and ``session.done``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any, Literal
+
+from fastapi import APIRouter, WebSocket, WebSocketDisconnect
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from neuron_xtts.coqui.constants import OUTPUT_RATE
+from neuron_xtts.narration.encoding import Encoder, check_format
+from neuron_xtts.narration.text import Incoming, Sentence
+from neuron_xtts.serving.errors import ApiError, as_api_error
+from neuron_xtts.serving.metrics import Metrics
+from neuron_xtts.serving.speech import Drawing, FormatName, whole
+from neuron_xtts.serving.studio import Studio
+
+_PATIENCE = 300.0  # seconds without a message while nothing is spoken
+_MESSAGE = 2**16  # characters
+_BACKLOG = 64  # sentences that wait to be said, before more is read
+
+
+class Config(Drawing):
+    """How a session speaks."""
+
+    type: Literal["session.config"]
+    model: str | None = Field(default=None, max_length=256)
+    voice: str = Field(default="alloy", max_length=256)
+    language: str | None = Field(default=None, max_length=64)
+    response_format: FormatName = "wav"
+    speed: float = Field(default=1.0, ge=0.25, le=4.0)
+    stream_audio: bool = True
+
+
+class Text(BaseModel):
+    """A bit of what is to be said."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    type: Literal["input.text"]
+    text: str
+
+
+def router(studio: Studio, metrics: Metrics) -> APIRouter:
+    """The route."""
+    routes = APIRouter()
+
+    @routes.websocket("/v1/audio/speech/stream")
+    async def stream(socket: WebSocket) -> None:
+        await socket.accept()
+        with contextlib.suppress(WebSocketDisconnect):
+            await Session(socket, studio, metrics).run()
+
+    return routes
+
+
+class Session:
+    """One connection.
+
+    Args:
+        socket: that was accepted.
+        studio: that speaks.
+        metrics: that count.
+    """
+
+    def __init__(self, socket: WebSocket, studio: Studio, metrics: Metrics) -> None:
+        self._socket = socket
+        self._studio = studio
+        self._metrics = metrics
+        self._sending = asyncio.Lock()
+        self._config = Config(type="session.config")
+        self._incoming: Incoming | None = None
+        self._sentences: asyncio.Queue[Sentence | None] = asyncio.Queue(_BACKLOG)
+        self._speaking: asyncio.Task[None] | None = None
+        self._characters = 0
+        self._utterances = 0
+
+    async def run(self) -> None:
+        """Serve it until either side has enough."""
+        try:
+            while await self._take(await self._next()):
+                pass
+            await self._socket.close()
+        except ApiError as error:
+            await self._say_error(error)
+            await self._socket.close(1008 if error.status < 500 else 1011)
+        finally:
+            if self._speaking is not None:
+                self._speaking.cancel()
+                await asyncio.wait([self._speaking])
+
+    async def _next(self) -> dict[str, Any]:
+        """The client's next message; in the meantime what is spoken may fail."""
+        receiving = asyncio.create_task(self._socket.receive_text())
+        try:
+            waited = {receiving} if self._speaking is None else {receiving, self._speaking}
+            limit = _PATIENCE if self._speaking is None else None
+            done, _ = await asyncio.wait(waited, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            if self._speaking in done:
+                self._spoken()
+                return await self._parse(receiving)
+            if not done:
+                raise ApiError(408, f"No message for {_PATIENCE:g} s; open another session")
+            return await self._parse(receiving)
+        finally:
+            receiving.cancel()
+
+    async def _parse(self, receiving: asyncio.Task[str]) -> dict[str, Any]:
+        try:
+            text = await receiving
+        except KeyError as error:
+            raise ApiError(400, "Bytes were sent; expected messages in JSON") from error
+        if len(text) > _MESSAGE:
+            raise ApiError(413, f"A message of {len(text)} characters; expected at most {_MESSAGE}")
+        try:
+            message = json.loads(text)
+        except ValueError:
+            message = None
+        if not isinstance(message, dict):
+            raise ApiError(400, "A message that is no object in JSON")
+        return message
+
+    async def _take(self, message: dict[str, Any]) -> bool:
+        """Do as a message says; false if it ends the session."""
+        kind = message.get("type")
+        try:
+            if kind == "session.config":
+                await self._configure(Config.model_validate(message))
+            elif kind == "input.text":
+                await self._hear(Text.model_validate(message).text)
+            elif kind == "input.done":
+                await self._done()
+            elif kind == "session.close":
+                return False
+            else:
+                expected = "session.config, input.text, input.done, session.close"
+                raise ApiError(400, f"A message of type {str(kind)[:64]!r}; expected one of {expected}", param="type")
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            await self._say_error(ApiError(400, f"{kind}: {name}: {first['msg']}", param=name, code="invalid_value"))
+        return True
+
+    async def _configure(self, config: Config) -> None:
+        if self._speaking is not None:
+            raise ApiError(400, "session.config while text is spoken; expected it before input.text")
+        check_format(config.response_format)
+        self._studio.resolve(config.voice)
+        self._studio.reader(config.language)
+        self._config = config
+
+    async def _hear(self, text: str) -> None:
+        text = whole(text)
+        self._characters += len(text)
+        if self._incoming is None:
+            self._incoming = Incoming(self._studio.reader(self._config.language))
+        try:
+            sentences = await asyncio.to_thread(self._incoming.more, text)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="text") from error
+        await self._put(*sentences)
+
+    async def _put(self, *sentences: Sentence | None) -> None:
+        if self._speaking is None:
+            self._sentences = asyncio.Queue(_BACKLOG)
+            self._speaking = asyncio.create_task(self._speak(self._sentences, self._utterances))
+        for sentence in sentences:
+            putting = asyncio.create_task(self._sentences.put(sentence))
+            await asyncio.wait({putting, self._speaking}, return_when=asyncio.FIRST_COMPLETED)
+            putting.cancel()
+            if self._speaking.done():
+                self._spoken()
+                return
+
+    async def _done(self) -> None:
+        rest = await asyncio.to_thread(self._incoming.rest) if self._incoming is not None else []
+        self._incoming = None
+        await self._put(*rest, None)
+        if self._speaking is not None:
+            await self._until_spoken(self._speaking)
+        self._utterances += 1
+        self._characters = 0
+
+    async def _until_spoken(self, speaking: asyncio.Task[None]) -> None:
+        """Meanwhile the client may close, or go."""
+        while not speaking.done():
+            receiving = asyncio.create_task(self._socket.receive_text())
+            try:
+                await asyncio.wait({receiving, speaking}, return_when=asyncio.FIRST_COMPLETED)
+                if receiving.done():
+                    message = await self._parse(receiving)
+                    if message.get("type") == "session.close":
+                        raise WebSocketDisconnect
+                    await self._say_error(ApiError(400, "A message before session.done", code="not_done"))
+            finally:
+                receiving.cancel()
+        self._spoken()
+
+    def _spoken(self) -> None:
+        """What was being spoken is over; raises what ended it."""
+        speaking, self._speaking = self._speaking, None
+        if speaking is not None:
+            speaking.result()
+
+    async def _speak(self, sentences: asyncio.Queue[Sentence | None], utterance: int) -> None:
+        """Say what comes, until the client has said all."""
+        began = time.monotonic()
+        config = self._config
+        with self._studio.admitted():
+            voice = await self._studio.voice(config.voice)
+            narration = self._studio.narrate(
+                _until_none(sentences), self._studio.reader(config.language), voice, hurry=True, speed=config.speed,
+                **config.options(),
+            )  # fmt: skip
+            try:
+                async with contextlib.aclosing(narration.chunks()) as chunks:
+                    encoder, sent, first = None, bytearray(), True
+                    async for chunk in chunks:
+                        if chunk.begins:
+                            encoder = Encoder(config.response_format, OUTPUT_RATE)
+                            text = narration.spans[chunk.sentence].text
+                            await self._say("audio.start", utterance, chunk.sentence, sentence_text=text,
+                                            format=config.response_format, sample_rate=OUTPUT_RATE)  # fmt: skip
+                            if first:
+                                self._metrics.first_audio.observe(time.monotonic() - began)
+                                first = False
+                        assert encoder is not None
+                        data = encoder.encode(chunk.samples) + (encoder.finish() if chunk.ends else b"")
+                        sent += data
+                        if config.stream_audio and data:
+                            await self._say_bytes(data)
+                        if chunk.ends:
+                            if not config.stream_audio:
+                                await self._say_bytes(bytes(sent))
+                            span = narration.spans[chunk.sentence]
+                            await self._say("audio.done", utterance, chunk.sentence, total_bytes=len(sent),
+                                            start=span.start, end=span.end, error=False)  # fmt: skip
+                            sent = bytearray()
+            finally:
+                self._metrics.spoken(narration, time.monotonic() - began)
+        codes = narration.codes
+        await self._say("session.done", utterance, total_sentences=len(narration.spans), output_tokens=codes)
+
+    async def _say(self, kind: str, utterance: int, sentence: int | None = None, **more: Any) -> None:
+        numbers: dict[str, Any] = {"utterance_index": utterance}
+        if sentence is not None:
+            numbers["sentence_index"] = sentence
+        async with self._sending:
+            await self._socket.send_text(json.dumps({"type": kind, **numbers, **more}))
+
+    async def _say_bytes(self, data: bytes) -> None:
+        async with self._sending:
+            await self._socket.send_bytes(data)
+
+    async def _say_error(self, error: Exception) -> None:
+        body = as_api_error(error).body["error"]
+        async with self._sending:
+            await self._socket.send_text(json.dumps({"type": "error", "message": body["message"], "error": body}))
+
+
+async def _until_none(sentences: asyncio.Queue[Sentence | None]) -> AsyncIterator[Sentence]:
+    while (sentence := await sentences.get()) is not None:
+        yield sentence
