@@ -102,14 +102,13 @@ class Session:
         """The client's next message; in the meantime what is spoken may fail."""
         receiving = asyncio.create_task(self._socket.receive_text())
         try:
-            waited = {receiving} if self._speaking is None else {receiving, self._speaking}
-            limit = _PATIENCE if self._speaking is None else None
-            done, _ = await asyncio.wait(waited, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-            if self._speaking in done:
-                self._spoken()
-                return await self._parse(receiving)
-            if not done:
-                raise ApiError(408, f"No message for {_PATIENCE:g} s; open another session")
+            while not receiving.done():
+                waited = {receiving, *([self._speaking] if self._speaking else [])}
+                done, _ = await asyncio.wait(waited, timeout=_PATIENCE, return_when=asyncio.FIRST_COMPLETED)
+                if self._speaking in done:
+                    self._spoken()
+                elif not done and self._sentences.empty():
+                    raise ApiError(408, f"No message for {_PATIENCE:g} s; open another session")
             return await self._parse(receiving)
         finally:
             receiving.cancel()

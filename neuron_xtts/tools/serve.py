@@ -76,7 +76,9 @@ def _check_installed() -> None:
 
 def add_arguments(serving: argparse.ArgumentParser) -> None:
     """The arguments of the command, but for those that others have, too."""
-    serving.add_argument("--host", default="127.0.0.1", help="to listen at; 0.0.0.0 is every one (default: %(default)s)")
+    serving.add_argument(
+        "--host", default="127.0.0.1", help="to listen at; 0.0.0.0 is every one (default: %(default)s)"
+    )
     serving.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     serving.add_argument("--language", default="en", help="of text that says none (default: %(default)s)")
     serving.add_argument("--voices", type=Path, metavar="DIR", help="the folder of voices (default: the user's)")

@@ -134,7 +134,7 @@ def test_events(server, expected):
 
 
 def test_sentences_and_pauses(server):
-    """Sentences follow each other as the library says them, with seeds of their own, and silence is where it was asked for."""
+    """Sentences are as the library says them, with seeds of their own, and there is silence where it was asked for."""
     text = "the band plays. [pause:0.5] the fox jumps."
     body = {"model": "x", "voice": "f5", "input": text, "seed": 3, "response_format": "pcm", "stream_format": "sse"}
     answer = httpx.post(server.url + "/v1/audio/speech", json=body, timeout=60)

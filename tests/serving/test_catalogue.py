@@ -1,0 +1,251 @@
+"""Models, voices, health, figures, keys; and the calls of servers that are no longer maintained."""
+
+import re
+import time
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from test_speech import JSON, same, samples_of, settings
+
+from neuron_xtts.narration.encoding import to_int16
+
+
+def test_models(server):
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
+    models = client.models.list().data
+    assert [model.id for model in models][:2] == ["xtts-v2", "tts-1"]
+    assert {(model.object, model.owned_by) for model in models} == {("model", "neuron_xtts")}
+    assert client.models.retrieve("tts-1").id == "tts-1"
+    with pytest.raises(openai.NotFoundError, match="There is no model 'gpt-9'"):
+        client.models.retrieve("gpt-9")
+    assert httpx.get(server.url + "/v1/audio/models").json()["models"][0]["id"] == "xtts-v2"
+
+
+def test_voices(serve, miniature):
+    """Listed, added, spoken with at once, refused twice."""
+    with serve() as server:
+        url = server.url + "/v1/audio/voices"
+
+        def names():
+            return [voice["id"] for voice in httpx.get(url).json()["data"]]
+
+        assert names()[:2] == ["f5", "klatt"]
+        recording = (miniature / "f5.wav").read_bytes()
+        form, files = {"name": "ann", "consent": "cons_1"}, {"audio_sample": ("../a.wav", recording, "audio/wav")}
+        made = httpx.post(url, data=form, files=files, timeout=60)
+        assert made.status_code == 200
+        assert (made.json()["object"], made.json()["name"]) == ("audio.voice", "ann")
+        assert names()[:3] == ["ann", "f5", "klatt"]
+        body = {"model": "x", "input": "a fox.", "response_format": "pcm", "seed": 7}
+        heard = [
+            httpx.post(server.url + "/v1/audio/speech", json=body | {"voice": voice}, timeout=60).content
+            for voice in ("ann", "f5")
+        ]
+        assert same(*(np.frombuffer(data, np.int16) for data in heard))
+        again = httpx.post(url, data={"name": "ann"}, files={"audio_sample": recording}, timeout=60)
+        assert (again.status_code, again.json()["error"]["param"]) == (409, "name")
+        noise = httpx.post(url, data={"name": "bob"}, files={"audio_sample": b"no audio"}, timeout=60)
+        assert (noise.status_code, noise.json()["error"]["param"]) == (400, "audio_sample")
+        evil = httpx.post(url, data={"name": "../../etc/bob"}, files={"audio_sample": recording}, timeout=60)
+        assert (evil.status_code, evil.json()["error"]["param"]) == (400, "name")
+        lacking = httpx.post(url, data={"name": "bob"})
+        assert (lacking.status_code, lacking.json()["error"]["param"]) == (400, "audio_sample")
+        for answer in (again, noise, evil, lacking):
+            assert str(server.folder.root) not in answer.text
+            assert "/tmp" not in answer.text
+        assert names()[:3] == ["ann", "f5", "klatt"]
+        # A voice whose file is broken, and one that goes.
+        server.folder.path("klatt").write_bytes(b"nothing")
+        broken = httpx.post(server.url + "/v1/audio/speech", json=body | {"voice": "klatt"}, timeout=60)
+        assert broken.status_code == 400
+        assert str(server.folder.root) not in broken.text
+        server.folder.remove("ann")
+        gone = httpx.post(server.url + "/v1/audio/speech", json=body | {"voice": "ann"}, timeout=60)
+        assert gone.json()["error"]["code"] == "voice_not_found"
+
+
+def test_no_uploads(serve):
+    with serve(uploads=False) as server:
+        answer = httpx.post(server.url + "/v1/audio/voices", data={"name": "a"}, files={"audio_sample": b"x"})
+        assert (answer.status_code, answer.json()["error"]["type"]) == (403, "permission_error")
+
+
+def test_keys(serve):
+    """Whoever has none gets nothing, but whether the server is there."""
+    with serve(keys=("secret", "other")) as server:
+        for path in ("/", "/v1/models", "/metrics", "/docs", "/nowhere"):
+            answer = httpx.get(server.url + path)
+            assert answer.status_code == 401
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+            assert httpx.get(server.url + path, headers={"authorization": "Bearer secre"}).status_code == 401
+            assert httpx.get(server.url + path, headers={"authorization": "Basic secret"}).status_code == 401
+        assert httpx.get(server.url + "/health").status_code == 200
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=server.url + "/v1", api_key="wrong").models.list()
+        for key in ("secret", "other"):
+            assert openai.OpenAI(base_url=server.url + "/v1", api_key=key).models.list().data
+
+
+def test_health(miniature_tts, voices):
+    """Not ready before it has spoken; ready without any voice, too."""
+    import asyncio
+    import copy
+
+    import neuron_xtts
+    from neuron_xtts.serving.app import create_app
+    from neuron_xtts.voice import VoiceFolder
+
+    tts = copy.deepcopy(miniature_tts)
+    with pytest.raises(ValueError, match="not patched"):
+        create_app(tts, voices=voices)
+    neuron_xtts.patch(tts)
+    app = create_app(tts, voices=VoiceFolder(voices.root / "none"))
+
+    async def look():
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            before = await client.get("/health")
+            await app.state.studio.warm_up()
+            return before, await client.get("/health"), await client.get("/v1/audio/voices")
+
+    before, after, listed = asyncio.run(look())
+    assert (before.status_code, before.json()) == (503, {"status": "starting"})
+    assert (after.status_code, after.json()) == (200, {"status": "ok"})
+    assert listed.json()["data"] == []
+
+
+def test_metrics(server):
+    def figures():
+        text = httpx.get(server.url + "/metrics").text
+        return {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+    before = figures()
+    body = {"model": "x", "voice": "f5", "input": "a fox.", "response_format": "pcm"}
+    heard = httpx.post(server.url + "/v1/audio/speech", json=body, timeout=60).content
+    httpx.get(server.url + "/made/up")
+    server.wait_until_idle()
+    after = figures()
+
+    def more(*key):
+        return after[key] - before.get(key, 0)
+
+    assert more("neuron_xtts_ttfa_seconds_count") == 1
+    assert more("neuron_xtts_rtf_count") == 1
+    assert more("neuron_xtts_audio_seconds_total") == pytest.approx(len(heard) / 2 / 24000)
+    assert more("neuron_xtts_requests_total", "/v1/audio/speech", "200") == 1
+    assert more("neuron_xtts_requests_total", "other", "404") == 1
+    assert more("neuron_xtts_calls_total") == 1
+    assert after["neuron_xtts_slots",] == 16
+    assert after["neuron_xtts_ready",] == 1
+    assert after["neuron_xtts_active_requests",] == 0
+    assert any(key[0] == "neuron_xtts_graph_runs_total" and "vocoder" in key for key in after)
+
+
+def test_fallbacks_are_counted(serve, monkeypatch):
+    with serve() as server:
+        monkeypatch.setenv("NEURON_XTTS_DISABLE", "1")
+        body = {"model": "x", "voice": "f5", "input": "a fox.", "response_format": "pcm"}
+        assert httpx.post(server.url + "/v1/audio/speech", json=body, timeout=60).status_code == 200
+        text = httpx.get(server.url + "/metrics").text
+    found = re.search(
+        r'neuron_xtts_fallbacks_total\{reason="NEURON_XTTS_DISABLE is set",route="GPT.get_generator"\} (\S+)', text
+    )
+    assert float(found[1]) == 1
+
+
+def spoken(server, text):
+    latents, embedding = server.folder.load("f5").arguments.values()
+    stream = server.xtts.inference_stream(text, "en", latents, embedding, seed=7, **settings(server.xtts))
+    return to_int16(np.concatenate([chunk.numpy() for chunk in stream]))
+
+
+def test_a_voice_of_numbers(serve, miniature):
+    """xtts-streaming-server's clients fetch a voice and send it with every text."""
+    with serve() as server:
+        server.folder.load("f5").add_to(server.tts, "Ana Florence")
+        speakers = httpx.get(server.url + "/studio_speakers").json()
+        assert list(speakers) == ["Ana Florence"]
+        body = {"text": "a fox.", "language": "en", "add_wav_header": False, "stream_chunk_size": "20", "seed": 7}
+        answer = httpx.post(server.url + "/tts_stream", json=body | speakers["Ana Florence"], timeout=60)
+        assert answer.status_code == 200
+        found, expected = np.frombuffer(answer.content, np.int16), spoken(server, "a fox.")
+        assert abs(len(found) - len(expected)) < 8000  # its numbers are in fp16, and the last codes may differ
+        odd = body | speakers["Ana Florence"] | {"gpt_cond_latent": [[1.0]]}
+        wrong = httpx.post(server.url + "/tts_stream", json=odd)
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "gpt_cond_latent")
+        assert "en" in httpx.get(server.url + "/languages").json()
+
+
+def test_silly_tavern(server):
+    """Its xtts provider: speakers by name, a stream by GET, whole files by POST, settings that it sends first."""
+    assert httpx.post(server.url + "/set_tts_settings", json={"speed": 1, "stream_chunk_size": 100}).status_code == 200
+    speakers = httpx.get(server.url + "/speakers").json()
+    assert [(speaker["name"], speaker["voice_id"]) for speaker in speakers] == [("f5", "f5"), ("klatt", "klatt")]
+    query = {"text": "a fox.", "speaker_wav": "f5", "language": "en"}
+    for path in ("/tts_stream/", "/tts_stream"):
+        streamed = httpx.get(server.url + path, params=query, timeout=60)
+        assert streamed.headers["content-type"] == "audio/wav"
+        assert np.abs(samples_of(streamed.content, "wav")).max() > 500
+    whole = httpx.post(server.url + "/tts_to_audio/", json=query, timeout=60)
+    assert np.abs(samples_of(whole.content, "wav")).max() > 500
+
+
+PCM = {"model": "tts-1", "input": "a fox.", "response_format": "pcm"}
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        # LiveKit: events for any model that is not one of the two oldest, and audio for those.
+        (PCM | {"model": "gpt-4o-mini-tts", "voice": "ash", "speed": 1.0, "stream_format": "sse"}, "text/event-stream"),
+        (PCM | {"voice": "ash", "speed": 1.0, "response_format": "mp3"}, "audio/mpeg"),
+        # Pipecat: 24 kHz samples, one of OpenAI's names.
+        (PCM | {"model": "gpt-4o-mini-tts", "voice": "alloy", "instructions": ""}, "audio/pcm"),
+        # Open WebUI: no format, which is mp3.
+        ({"model": "tts-1", "input": "a fox.", "voice": "f5"}, "audio/mpeg"),
+        # wyoming_openai.
+        (PCM | {"voice": "f5", "response_format": "wav", "speed": 1.0, "instructions": None}, "audio/wav"),
+    ],
+)
+def test_what_apps_send(server, body, kind):
+    """The bodies that LiveKit, Pipecat, Open WebUI and wyoming_openai make."""
+    given = {name: value for name, value in body.items() if value is not None}
+    answer = httpx.post(server.url + "/v1/audio/speech", json=given, headers=JSON, timeout=60)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].partition(";")[0] == kind
+    assert len(answer.content) > 2000
+
+
+def test_before_apps_speak(server):
+    """What they probe first: ``GET /``, health, and voices as Open WebUI reads them."""
+    assert httpx.get(server.url + "/").json()["name"] == "neuron_xtts"
+    assert httpx.get(server.url + "/health").status_code == 200
+    voices = httpx.get(server.url + "/v1/audio/voices").json()["voices"]
+    assert {"f5": "f5", "alloy": "alloy"}.items() <= {voice["id"]: voice["name"] for voice in voices}.items()
+
+
+def test_three_at_once(server):
+    """As wyoming_openai sends the sentences of one utterance, read in bits of 2048 bytes."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
+
+    def say(text):
+        with client.audio.speech.with_streaming_response.create(
+            model="tts-1", voice="f5", input=text, response_format="wav", extra_body={"seed": 7}
+        ) as answer:
+            return samples_of(b"".join(answer.iter_bytes(2048)), "wav")
+
+    texts = ["the band plays.", "a fox jumps.", "the dog is lazy."]
+    start = time.monotonic()
+    with ThreadPoolExecutor(3) as pool:
+        for text, heard in zip(texts, pool.map(say, texts), strict=True):
+            assert same(heard, spoken(server, text))
+    assert time.monotonic() - start < 60
