@@ -11,7 +11,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 from neuron_xtts.serving import catalogue, errors, legacy, socket, speech
 from neuron_xtts.serving.metrics import Metrics
-from neuron_xtts.serving.middleware import Gate
+from neuron_xtts.serving.middleware import PAGE, Gate
+from neuron_xtts.serving.page import mount
 from neuron_xtts.serving.studio import Settings, Studio
 from neuron_xtts.speaking import patch_of
 from neuron_xtts.version import __version__
@@ -22,15 +23,19 @@ _FORM = 2**16  # bytes that a form adds to a recording
 _BODY_OF_NUMBERS = 8 * 2**20  # a voice written as numbers
 
 
-def create_app(model: object, *, voices: VoiceFolder | None = None, settings: Settings | None = None) -> FastAPI:
+def create_app(
+    model: object, *, voices: VoiceFolder | None = None, settings: Settings | None = None, page: bool = False
+) -> FastAPI:
     """An application that serves a patched model, for uvicorn or any other server of ASGI.
 
     Args:
         model: a patched ``TTS.api.TTS``, ``Synthesizer`` or ``Xtts``.
         voices: the folder of voices; by default the user's own.
         settings: how it is served.
+        page: with the page for people, at ``/ui``.
 
     Raises:
+        ExtraMissingError: the page was asked for, and Gradio is not installed.
         ValueError: the model is not patched.
         ApiError: it does not speak the language of the settings.
     """
@@ -50,15 +55,20 @@ def create_app(model: object, *, voices: VoiceFolder | None = None, settings: Se
 
     app = FastAPI(title="neuron_xtts", version=__version__, lifespan=lifespan, redirect_slashes=False)
     errors.install(app)
-    for part in (speech, catalogue, legacy, socket):
+    app.include_router(catalogue.router(studio, metrics, PAGE if page else None))
+    for part in (speech, legacy, socket):
         app.include_router(part.router(studio, metrics))
+    if page:
+        mount(app, studio)
     app.state.studio = studio
+    recording = settings.recording + _FORM
     # The last one is met first.
     if settings.origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(
-        Gate, keys=settings.keys, most=_BODY, origins=settings.origins,
-        most_of={"/v1/audio/voices": settings.recording + _FORM, "/tts_stream": _BODY_OF_NUMBERS},
+        Gate, keys=settings.keys, origins=settings.origins, most=_BODY, most_of={
+            "/v1/audio/voices": recording, f"{PAGE}/gradio_api/upload": recording, "/tts_stream": _BODY_OF_NUMBERS,
+        },
     )  # fmt: skip
     app.add_middleware(metrics.counting)
     return app

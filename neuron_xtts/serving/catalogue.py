@@ -6,8 +6,10 @@ import time
 from pathlib import PurePath
 from typing import Annotated, Any
 
-from fastapi import APIRouter, File, Form, Response, UploadFile
+from fastapi import APIRouter, File, Form, Request, Response, UploadFile
+from fastapi.responses import RedirectResponse
 
+import neuron_xtts
 from neuron_xtts.serving.errors import ApiError, json_response
 from neuron_xtts.serving.metrics import Metrics
 from neuron_xtts.serving.studio import ALIASES, Studio
@@ -17,8 +19,8 @@ from neuron_xtts.version import __version__
 MODELS = ("xtts-v2", "tts-1", "tts-1-hd", "gpt-4o-mini-tts")
 
 
-def router(studio: Studio, metrics: Metrics) -> APIRouter:
-    """The routes."""
+def router(studio: Studio, metrics: Metrics, page: str | None) -> APIRouter:
+    """The routes; ``page`` is the path of the one for people, if there is one."""
     routes = APIRouter()
     created = int(time.time())
 
@@ -26,8 +28,10 @@ def router(studio: Studio, metrics: Metrics) -> APIRouter:
         return {"id": name, "object": "model", "created": created, "owned_by": "neuron_xtts"}
 
     @routes.get("/")
-    async def about() -> Response:
-        """What this is."""
+    async def about(request: Request) -> Response:
+        """What this is; browsers are led to the page, if there is one."""
+        if page is not None and "text/html" in request.headers.get("accept", ""):
+            return RedirectResponse(f"{request.scope.get('root_path', '')}{page}/")
         content = {"name": "neuron_xtts", "version": __version__, "ready": studio.ready, "languages": studio.languages}
         return json_response(content)
 
@@ -41,6 +45,24 @@ def router(studio: Studio, metrics: Metrics) -> APIRouter:
     async def figures() -> Response:
         """Figures for Prometheus."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @routes.get("/v1/status")
+    async def status() -> Response:
+        """What runs where, for people to look at."""
+        report = neuron_xtts.report(studio.model)
+        graphs = [
+            {"graph": f"{graph} {bucket.replace('exactxexact', 'exact')}", "runs": counted.runs, "waste": counted.waste,
+             "milliseconds": 1e3 * counted.seconds / max(counted.runs, 1)}
+            for graph, buckets in report.graphs.items() for bucket, counted in buckets.items()
+        ]  # fmt: skip
+        fallbacks = [
+            {"route": route, "reason": reason, "calls": calls}
+            for route, counts in report.routes.items() for reason, calls in counts.fallbacks.items()
+        ]  # fmt: skip
+        batch = report.batch
+        numbers = {"slots": batch.slots, "decoding": batch.decoding, "waiting": batch.waiting}
+        where = {"backend": report.backend, "precision": report.precision}
+        return json_response({**where, **numbers, "active": studio.active, "graphs": graphs, "fallbacks": fallbacks})
 
     @routes.get("/v1/models")
     async def models() -> Response:

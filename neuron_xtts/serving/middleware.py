@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hmac
 import logging
 import re
@@ -11,6 +12,7 @@ from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import cookie_parser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from neuron_xtts.serving.errors import ApiError, as_api_error
@@ -20,6 +22,9 @@ logger = logging.getLogger(__name__)
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 #: Paths that are answered without a key: whoever asks whether a server is there has none.
 OPEN = frozenset({"/health"})
+#: What is for people: whose browser asks them for a key, as the password of anybody.
+PAGE = "/ui"
+_COOKIE = "neuron_xtts"
 
 
 class Gate:
@@ -64,11 +69,18 @@ class Gate:
         scope.setdefault("state", {})["request_id"] = request_id
         begun = False
 
+        cookie = self._cookie(headers)
+
         async def answer(message: Message) -> None:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                sent = MutableHeaders(scope=message)
+                sent["x-request-id"] = request_id
+                if message["status"] == 401 and scope["path"].startswith(PAGE):  # a browser asks its user for it
+                    sent["www-authenticate"] = 'Basic realm="neuron_xtts", charset="UTF-8"'
+                elif cookie:
+                    sent.append("set-cookie", cookie)
             await send(message)
 
         try:
@@ -92,10 +104,21 @@ class Gate:
     def _knows(self, headers: Headers, path: str) -> bool:
         if not self._keys or path in OPEN:
             return True
-        kind, _, key = headers.get("authorization", "").partition(" ")
-        given = key.strip().encode() if kind.lower() == "bearer" else b""
+        if self._is_key(_given(headers)):
+            return True
+        token = cookie_parser(headers.get("cookie", "")).get(_COOKIE, "")
+        return sum(hmac.compare_digest(token.encode(), _token(key).encode()) for key in self._keys) > 0
+
+    def _is_key(self, given: bytes) -> bool:
         # All of them, so that the time says nothing.
-        return sum(hmac.compare_digest(given, known) for known in self._keys) > 0
+        return sum(hmac.compare_digest(given, key) for key in self._keys) > 0
+
+    def _cookie(self, headers: Headers) -> str | None:
+        """What a browser that was given a key is to bring from now on; its pages cannot read it, nor others use it."""
+        given = _given(headers)
+        if not headers.get("authorization", "").lower().startswith("basic ") or not self._is_key(given):
+            return None
+        return f"{_COOKIE}={_token(given)}; Path=/; HttpOnly; SameSite=Strict"
 
     def _is_welcome(self, headers: Headers) -> bool:
         """Whether a page that opens a WebSocket is ours: browsers ask nobody before they do, as they do for HTTP."""
@@ -118,3 +141,20 @@ class Gate:
             return message
 
         return limited
+
+
+def _given(headers: Headers) -> bytes:
+    """The key of a request, as a token, or as the password of anybody."""
+    kind, _, value = headers.get("authorization", "").partition(" ")
+    if kind.lower() == "bearer":
+        return value.strip().encode()
+    if kind.lower() == "basic":
+        try:
+            return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
+        except ValueError:
+            pass
+    return b""
+
+
+def _token(key: bytes) -> str:
+    return hmac.new(key, b"the page of neuron_xtts", "sha256").hexdigest()

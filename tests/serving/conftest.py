@@ -21,11 +21,11 @@ from neuron_xtts.voice import VoiceFolder
 class Server:
     """A running one."""
 
-    def __init__(self, tts, folder, **settings):
+    def __init__(self, tts, folder, page=False, **settings):
         self.tts = tts
         self.xtts = tts.synthesizer.tts_model
         self.folder = VoiceFolder(folder)
-        self.app = create_app(tts, voices=self.folder, settings=Settings(**settings))
+        self.app = create_app(tts, voices=self.folder, settings=Settings(**settings), page=page)
         self.studio = self.app.state.studio
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -83,13 +83,13 @@ def serve(miniature_tts, voices, tmp_path_factory):
     """Start a server of a model of its own."""
 
     @contextlib.contextmanager
-    def start(patched=None, **settings):
+    def start(patched=None, page=False, **settings):
         tts = copy.deepcopy(miniature_tts)
         neuron_xtts.patch(tts, **(patched or {}))
         folder = VoiceFolder(tmp_path_factory.mktemp("kept"))
         for name in voices:
             folder.add(name, voices.load(name))
-        with Server(tts, folder.root, **settings) as server:
+        with Server(tts, folder.root, page, **settings) as server:
             yield server
         neuron_xtts.unpatch(tts)
 

@@ -1,0 +1,189 @@
+"""The page, in a real browser without a window: type, click, hear."""
+
+import contextlib
+import shutil
+
+import httpx
+import numpy as np
+import pytest
+from test_speech import JSON
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")]
+
+# Everything that reaches the loudspeaker, as the browser mixed it.
+RECORD = """() => {
+  window.heard = [];
+  if (window.recorder) return;
+  const context = neuronXtts.player();
+  const recorder = window.recorder = context.createScriptProcessor(4096, 1, 1);
+  recorder.onaudioprocess = (event) => window.heard.push(...event.inputBuffer.getChannelData(0));
+  neuronXtts.state.output.connect(recorder);
+  recorder.connect(context.destination);
+}"""
+
+
+@pytest.fixture(scope="module")
+def server(serve):
+    with serve({"precision": "int8"}, page=True) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()
+
+
+@contextlib.contextmanager
+def opened(browser, server, width=1280, height=1000, **options):
+    """A page on which nothing goes wrong, and which asks nobody else for anything."""
+    context = browser.new_context(viewport={"width": width, "height": height}, **options)
+    page = context.new_page()
+    wrong = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(server.url + "/ui/", timeout=60000)
+    page.wait_for_selector("#speak", timeout=60000)
+    page.wait_for_function("window.neuronXtts && document.getElementById('figures')")
+    yield page
+    assert not wrong
+    assert not [url for url in asked if not url.startswith((server.url, "blob:", "data:"))]
+    context.close()
+
+
+def begin(page, text, seed):
+    page.evaluate(RECORD)
+    page.fill("#text textarea", text)
+    page.fill("#seed textarea, #seed input", str(seed))
+    page.click("#speak")
+
+
+def heard(page):
+    """What was heard, without the silence around it."""
+    page.wait_for_selector("#download a", timeout=120000)
+    page.wait_for_function("neuronXtts.state.sources.size === 0", timeout=60000)
+    samples = np.array(page.evaluate("window.heard"), np.float32)
+    loud = np.flatnonzero(samples)
+    return samples[loud[0] : loud[-1] + 1]
+
+
+def spoken(server, text, seed):
+    body = {"model": "x", "voice": "f5", "input": text, "seed": seed, "response_format": "pcm"}
+    answer = httpx.post(server.url + "/v1/audio/speech", json=body, headers=JSON, timeout=60)
+    samples = np.frombuffer(answer.content, np.int16) / np.float32(32768)
+    loud = np.flatnonzero(samples)
+    return samples[loud[0] : loud[-1] + 1]
+
+
+def longest_gap(found, expected):
+    """Samples by which what was heard came later than it began to, at most; infinite if some of it is missing."""
+    size = 1 << (len(found) + len(expected)).bit_length()
+    spectrum = np.fft.rfft(found, size)
+    energy = np.concatenate([[0], np.cumsum(found.astype(float) ** 2)])
+    places, step = [], 4800
+    for start in range(0, len(expected) - step, step):
+        piece = expected[start : start + step]
+        if np.abs(piece).max() < 0.01:
+            continue
+        match = np.fft.irfft(spectrum * np.fft.rfft(piece, size).conj(), size)[: len(found) - step + 1]
+        apart = energy[step:] - energy[:-step] - 2 * match
+        place = int(apart.argmin())
+        places.append(place - start)
+        # A gap may lie in the middle of a piece, and then one half of it is where it belongs.
+        halves = np.abs(found[place : place + step] - piece).reshape(2, -1).max(1)
+        if halves.min() > 0.005:  # the vocoder of int8 rounds otherwise in other company
+            return np.inf
+    return max(places) - min(places)
+
+
+def test_hear(server, browser):
+    """What reaches the loudspeaker is what the API says, without a gap; figures, and a file to keep."""
+    text = "the quick brown fox jumps over the lazy dog. the band plays an old song."
+    expected = spoken(server, text, 7)
+    with opened(browser, server) as page:
+        for _ in range(3):  # other tests take the processors, too
+            begin(page, text, 7)
+            samples = heard(page)
+            gap = longest_gap(samples, expected)
+            if gap <= 480:
+                break
+        assert gap <= 480  # 20 ms
+        assert page.inner_text("#figures").startswith("first audio after ")
+        assert "RTF" in page.inner_text("#figures")
+        with page.expect_download() as download:
+            page.click("#download a")
+        data = download.value.path().read_bytes()
+        assert data[:4] == b"RIFF"
+        kept = np.frombuffer(data[44:], np.int16) / np.float32(32768)
+        assert len(kept) / 24000 == pytest.approx(len(expected) / 24000, abs=0.5)
+        page.evaluate("neuronXtts.refresh()")
+        page.wait_for_function("document.querySelectorAll('#graphs tr').length > 3")
+        assert "precision int8" in page.inner_text("#speaking")
+        assert "vocoder" in page.inner_text("#graphs")
+        assert "nothing" in page.inner_text("#fallbacks")
+
+
+def test_two_pages(server, browser):
+    """At once, each hears its own."""
+    texts = ["the quick brown fox jumps over the lazy dog.", "every machine never sleeps."]
+    with opened(browser, server) as one, opened(browser, server) as two:
+        for page, text in zip((one, two), texts, strict=True):
+            begin(page, text, 7)
+        for page, text in zip((one, two), texts, strict=True):
+            assert longest_gap(heard(page), spoken(server, text, 7)) < np.inf
+
+
+def test_stop(server, browser):
+    """It is quiet at once, and the server is free."""
+    with opened(browser, server) as page:
+        begin(page, "the quick brown fox jumps over the lazy dog. " * 5, 1)
+        page.wait_for_function("window.heard.some((sample) => sample !== 0)")
+        page.click("#stop")
+        page.wait_for_function("document.getElementById('figures').textContent === 'stopped'")
+        server.wait_until_idle()
+        assert page.evaluate("neuronXtts.state.sources.size") == 0
+
+
+def test_what_is_wrong_is_said(server, browser):
+    with opened(browser, server, width=390) as page:
+        begin(page, "*** [pause:1]", 1)
+        page.wait_for_function("document.getElementById('problem').textContent")
+        assert "There is nothing to say" in page.inner_text("#problem")
+        # Nothing is wider than the screen.
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_a_voice_of_ones_own(server, browser, miniature):
+    with opened(browser, server) as page:
+        page.click("#own button")
+        page.set_input_files("#own input[type=file]", str(miniature / "klatt.wav"))
+        page.wait_for_selector("#recording audio", state="attached", timeout=30000)
+        page.fill("#name textarea, #name input", "my own")
+        page.click("#keep")
+        page.wait_for_function("document.getElementById('kept').textContent.startsWith('kept as')", timeout=60000)
+        page.wait_for_function("document.querySelector('#voice input').value === 'my own'", timeout=30000)
+        begin(page, "the band plays.", 7)
+        assert np.abs(heard(page)).max() > 0.01
+    assert "my own" in list(server.folder)
+
+
+def test_a_page_behind_a_key(serve, browser):
+    """Browsers ask for it; what the page calls is let in afterwards, other sites are not."""
+    with serve(page=True, keys=("secret",)) as server:
+        assert httpx.get(server.url + "/ui/").headers["www-authenticate"].startswith("Basic")
+        with opened(browser, server, http_credentials={"username": "me", "password": "secret"}) as page:
+            begin(page, "a fox.", 7)
+            assert np.abs(heard(page)).max() > 0.01
+        entered = httpx.get(server.url + "/ui/", auth=("me", "secret"))
+        assert "SameSite=Strict" in entered.headers["set-cookie"]
+        cookie = {"neuron_xtts": entered.cookies["neuron_xtts"]}
+        assert httpx.get(server.url + "/v1/models", cookies=cookie).status_code == 200
+        assert httpx.get(server.url + "/v1/models", cookies={"neuron_xtts": "0" * 64}).status_code == 401
+        assert "set-cookie" not in httpx.get(server.url + "/ui/", auth=("me", "wrong")).headers
