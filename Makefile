@@ -1,7 +1,7 @@
 # Two commands do all the set-up on a machine with Python and make: `make demo` and `make test`.
 PYTHON ?= python3
 
-.PHONY: help demo demo-small quick test lint fix bench clean
+.PHONY: help demo demo-small quick test lint fix docs bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,10 @@ fix: .venv/ready ## format, and mend what ruff can mend
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
+docs: .venv/ready ## build the site of the documentation into site/, refusing links that lead nowhere
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet
+	@echo site/index.html
+
 bench: .venv/ready ## measure sentences, patched against unpatched
 	.venv/bin/neuron-xtts bench
 
@@ -53,4 +57,4 @@ bench: .venv/ready ## measure sentences, patched against unpatched
 	PYTHON=$(PYTHON) sh scripts/setup.sh .venv-$*
 
 clean: ## remove what these commands made
-	rm -rf .venv .venv-next .venv-oldest demo
+	rm -rf .venv .venv-next .venv-oldest demo site

@@ -36,7 +36,7 @@ pip="$environment/bin/python -m pip install --quiet --disable-pip-version-check"
 case $environment in
 .venv)
     echo "Installing torch, coqui-tts and the rest into $environment (about three minutes and 9 GB)"
-    $pip --constraint constraints/neuron.txt --editable ".[host,eval,test]"
+    $pip --constraint constraints/neuron.txt --editable ".[host,eval,test,docs]"
     ;;
 .venv-*)
     versions=constraints/${environment#.venv-}.txt

@@ -14,7 +14,7 @@ import pytest
 import neuron_xtts
 
 ROOT = Path(__file__).parents[2]
-_GENERATED = ("build", "demo", "dist")
+_GENERATED = ("build", "demo", "dist", "site")
 
 
 def run(*command, cwd):
@@ -111,7 +111,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(distribution):
 def test_the_sdist_holds_what_builds_and_tests_it(distribution):
     rooms = ("neuron_xtts", "tests", "docs", "examples", "experiments", "constraints", "miniature")
     whole = set().union(*map(files, rooms))
-    assert distribution.in_sdist >= whole | {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"}
+    assert distribution.in_sdist >= whole | {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "mkdocs.yml"}
     assert not [name for name in distribution.in_sdist if "__pycache__" in name]
 
 
