@@ -31,6 +31,10 @@ headers=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
 # What neuron-xtts judge compares with. Only its tests need it.
 command -v espeak-ng >/dev/null || install "espeak-ng is" espeak-ng || echo "Going on without espeak-ng." >&2
 
+# In which the page is tried. Only its tests need it.
+command -v chromium >/dev/null || command -v google-chrome >/dev/null || install "Chromium is" chromium ||
+    echo "Going on without Chromium." >&2
+
 [ -x "$environment/bin/python" ] || "$python" -m venv "$environment"
 pip="$environment/bin/python -m pip install --quiet --disable-pip-version-check"
 case $environment in
