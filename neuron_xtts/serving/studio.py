@@ -223,6 +223,8 @@ class Studio:
 
     async def warm_up(self) -> None:
         """Speak, so that whatever happens once has happened before somebody waits for it; then it is `ready`."""
+        if self.ready:
+            return
         start = time.monotonic()
         try:
             voice = await self._any_voice()

@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import neuron_xtts
-from neuron_xtts.coqui.models import load_or_download, load_or_make
 from neuron_xtts.errors import ExtraMissingError
 from neuron_xtts.options import PatchOptions
-from neuron_xtts.voice import VoiceFolder
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from neuron_xtts.serving.start import Start
+
+logger = logging.getLogger(__name__)
 
 #: Keys that requests must have one of, separated by commas: what is on a command line, everybody on a machine can read.
 KEYS_VARIABLE = "NEURON_XTTS_API_KEYS"
@@ -23,21 +23,43 @@ KEYS_VARIABLE = "NEURON_XTTS_API_KEYS"
 
 def run_serve(arguments: argparse.Namespace, options: PatchOptions) -> int:
     """Serve until interrupted."""
-    _check_installed()
+    _check_installed("serve", "fastapi", "uvicorn", "multipart", "websockets", "prometheus_client", "av")
+    if arguments.ray:
+        _check_installed("ray", "ray")
+    logging.getLogger("neuron_xtts").setLevel(logging.INFO)
+    start = _start(arguments, options)
+    return _on_ray(arguments, start) if arguments.ray else _here(arguments, start)
+
+
+def _here(arguments: argparse.Namespace, start: Start) -> int:
     import uvicorn
 
-    app = make_app(arguments, options)
-    logging.getLogger("neuron_xtts").setLevel(logging.INFO)
     uvicorn.run(
-        app, host=arguments.host, port=arguments.port, log_level="info", timeout_graceful_shutdown=arguments.grace,
-        ws_max_size=2**18, server_header=False,
+        start.make(), host=arguments.host, port=arguments.port, log_level="info", server_header=False,
+        timeout_graceful_shutdown=arguments.grace, ws_max_size=2**18,
     )  # fmt: skip
     return 0
 
 
-def make_app(arguments: argparse.Namespace, options: PatchOptions) -> FastAPI:
-    """Load the model, patch it, and make the application."""
-    from neuron_xtts.serving.app import create_app
+def _on_ray(arguments: argparse.Namespace, start: Start) -> int:
+    import ray
+    from ray import serve
+
+    from neuron_xtts.serving.ray import Cluster, deploy
+
+    cluster = Cluster(
+        replicas=arguments.replicas, most_replicas=arguments.max_replicas, requests=arguments.requests,
+        cpus=arguments.cpus or max((os.cpu_count() or 1) // arguments.replicas, 1),
+        neuron_cores=arguments.neuron_cores,
+    )  # fmt: skip
+    ray.init(address=arguments.address, ignore_reinit_error=True)
+    serve.start(http_options={"host": arguments.host, "port": arguments.port})
+    serve.run(deploy(start, cluster), blocking=True)
+    return 0
+
+
+def _start(arguments: argparse.Namespace, options: PatchOptions) -> Start:
+    from neuron_xtts.serving.start import Start
     from neuron_xtts.serving.studio import Settings
 
     settings = Settings(
@@ -48,9 +70,13 @@ def make_app(arguments: argparse.Namespace, options: PatchOptions) -> FastAPI:
         requests=arguments.requests,
         uploads=not arguments.no_uploads,
     )
-    tts = load_or_make(None, True) if arguments.small else load_or_download(arguments.checkpoint)
-    neuron_xtts.patch(tts, queue=arguments.queue, **options)
-    return create_app(tts, voices=VoiceFolder(arguments.voices), settings=settings)
+    page = not arguments.no_page and find_spec("gradio") is not None
+    if not (page or arguments.no_page):
+        logger.info('no page for people: pip install "neuron-xtts[webui]"')
+    return Start(
+        checkpoint=arguments.checkpoint, small=arguments.small, voices=arguments.voices, page=page, settings=settings,
+        options={**options, "queue": arguments.queue},
+    )  # fmt: skip
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:
@@ -61,16 +87,11 @@ def _keys(file: Path | None) -> tuple[str, ...]:
     return keys
 
 
-def _check_installed() -> None:
-    missing = []
-    for name in ("fastapi", "uvicorn", "multipart", "websockets", "prometheus_client", "av"):
-        try:
-            __import__(name)
-        except ImportError:
-            missing.append(name)
+def _check_installed(extra: str, *names: str) -> None:
+    missing = [name for name in names if find_spec(name) is None]
     if missing:
         raise ExtraMissingError(
-            f'neuron-xtts serve needs {", ".join(missing)}, not installed here: pip install "neuron-xtts[serve]"'
+            f'neuron-xtts serve needs {", ".join(missing)}, not installed here: pip install "neuron-xtts[{extra}]"'
         )
 
 
@@ -94,10 +115,18 @@ def add_arguments(serving: argparse.ArgumentParser) -> None:
     )
     serving.add_argument("--no-uploads", action="store_true", help="clients may not add voices")
     serving.add_argument("--requests", type=int, default=128, help="answered at once, at most (default: %(default)s)")
+    serving.add_argument("--no-page", action="store_true", help="without the page at /ui, for which Gradio is needed")
     serving.add_argument("--queue", type=int, default=64, help="calls that may wait (default: %(default)s)")
     serving.add_argument(
         "--grace", type=int, default=30, metavar="SECONDS", help="for what is spoken when it is stopped (default: 30)"
     )
+    cluster = serving.add_argument_group("on a cluster, by Ray Serve")
+    cluster.add_argument("--ray", action="store_true", help="a replica of the model for each share of the cluster")
+    cluster.add_argument("--address", help="of a cluster that runs (default: one that begins on this machine)")
+    cluster.add_argument("--replicas", type=int, default=1, help="at least (default: %(default)s)")
+    cluster.add_argument("--max-replicas", type=int, help="at most, as many as are busy (default: no more)")
+    cluster.add_argument("--cpus", type=int, help="of one replica (default: this machine's, shared among them)")
+    cluster.add_argument("--neuron-cores", type=int, default=0, help="of one replica (default: none)")
 
 
 def _alias(value: str) -> tuple[str, Any]:
