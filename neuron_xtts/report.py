@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neuron_xtts.locks import Lock
 from neuron_xtts.tables import Table, html, table
+from neuron_xtts.timeline import Timeline
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LATEST = 24  # utterances that a picture shows one by one: a page, a choice of ours
 
 
 @dataclass
@@ -164,7 +171,7 @@ class RunCounters:
 
 @dataclass
 class Report:
-    """A snapshot of what a patched model did; ``print`` it, let a notebook show it, or take `to_dict`.
+    """A snapshot of what a patched model did; ``print`` it, let a notebook show it, take `to_dict`, or `plot`.
 
     Attributes:
         backend: where graphs run; None if the model is not patched.
@@ -179,6 +186,7 @@ class Report:
         over_host: why caches go by way of the host on Neuron, and do not move on the device; None if they do.
         copied: bytes of weights that graphs keep in the host's memory beside the model's own.
         gone: routes that are no longer installed, because the model replaced the modules they were on.
+        timeline: what utterances were at, and when.
     """
 
     backend: str | None = None
@@ -192,10 +200,12 @@ class Report:
     over_host: str | None = None
     copied: int = 0
     gone: list[str] = field(default_factory=list)
+    timeline: Timeline = field(default=Timeline(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data, fit for JSON."""
-        data = asdict(self)
+        """The report as plain data, fit for JSON; of the timeline it has the seconds in each phase."""
+        data = asdict(replace(self, timeline=Timeline()))
+        data["timeline"] = self.timeline.to_dict()
         for name, route in self.routes.items():
             data["routes"][name] |= {"calls": route.calls, "fallbacks": dict(route.fallbacks)}
         data["batch"]["steps"] = dict(self.batch.steps)
@@ -203,6 +213,34 @@ class Report:
             for bucket, counts in buckets.items():
                 data["graphs"][name][bucket]["waste"] = counts.waste
         return data
+
+    def plot(self, path: str | os.PathLike[str] | None = None, *, latest: int = LATEST) -> Figure:
+        """Draw what utterances were at, how many rows decoded together, and how full buckets were.
+
+        Args:
+            path: of a file to draw it into, too, such as ``report.png``.
+            latest: how many utterances to draw one by one; if there were more, an overview says how many of all that
+                are remembered were at what.
+
+        Returns:
+            matplotlib's figure, which a notebook shows.
+
+        Raises:
+            ValueError: ``latest`` is below 1.
+        """
+        from neuron_xtts.picture import Use, draw
+
+        if latest < 1:
+            raise ValueError(f"latest={latest!r}; expected how many utterances to draw")
+        uses = [
+            Use(graph, bucket, counts.runs, counts.seconds, counts.waste)
+            for graph, buckets in self.graphs.items()
+            for bucket, counts in buckets.items()
+        ]
+        figure = draw(self._headline().partition("\n")[0], self.timeline, uses, latest)
+        if path is not None:
+            figure.savefig(path, dpi=120)
+        return figure
 
     def __str__(self) -> str:
         return "\n\n".join([self._headline(), *(table(*content) for content in self._tables())])

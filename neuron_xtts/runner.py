@@ -18,6 +18,7 @@ from neuron_xtts.errors import Fallback
 from neuron_xtts.graphs.catalogue import CATALOGUE
 from neuron_xtts.graphs.operators import Graph
 from neuron_xtts.graphs.vocoder import halo_of
+from neuron_xtts.recorder import Recorder
 from neuron_xtts.report import RunCounters
 from neuron_xtts.turns import Turns
 
@@ -32,6 +33,7 @@ class Runner:
         backend: where the graphs run.
         turns: of the threads that compute with it.
         counters: of runs.
+        recorder: of what utterances are at.
 
     Attributes:
         networks: of the model.
@@ -39,6 +41,7 @@ class Runner:
         backend: where the graphs run.
         buckets: the sizes that are to be had.
         turns: of the threads that compute with it.
+        recorder: of what utterances are at.
 
     Raises:
         ValueError: a window of the vocoder has no room beside its halo.
@@ -52,6 +55,7 @@ class Runner:
         backend: Backend,
         turns: Turns,
         counters: RunCounters,
+        recorder: Recorder,
     ) -> None:
         self.networks = networks
         self._graphs = graphs
@@ -61,6 +65,7 @@ class Runner:
         self.backend = backend
         self.buckets = Buckets(backend.plan, backend.unavailable)
         self.turns = turns
+        self.recorder = recorder
         self._counters = counters
         families = {CATALOGUE[name].family for name in graphs}
         self._made_of = {family: RECOGNISERS[family].made_of(networks) for family in families}
@@ -101,10 +106,12 @@ class Runner:
 
     def run(self, graph: str, bucket: Bucket, used: int, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         """Run a graph of one dimension on inputs that fill ``bucket``, of which ``used`` is not padding."""
+        asked = time.perf_counter()
         with self.turns.take():
             start = time.perf_counter()
             outputs = self.backend.run(graph, bucket, *inputs)
             self._count(graph, bucket, start, used)
+            self.recorder.ran(graph, asked, start)
         return outputs
 
     def new_state(self, slots: int, capacity: int) -> DecodeState:

@@ -29,8 +29,10 @@ from neuron_xtts.decoding.draws import DRAWS, Waits
 from neuron_xtts.decoding.row import Row, draw, ended, note, rules_of
 from neuron_xtts.errors import Fallback, NotFinite, QueueFullError
 from neuron_xtts.locks import forgets
+from neuron_xtts.recorder import Growing
 from neuron_xtts.report import BatchCounts
 from neuron_xtts.runner import Runner
+from neuron_xtts.timeline import Phase
 from neuron_xtts.turns import POLL, Urgency, later
 
 Step = tuple[Tensor, Tensor]  # a code (rows,) and its latents (rows, D) of every row
@@ -75,6 +77,8 @@ class Call:
         self.steps: deque[Step] = deque()
         self.cache: transformers.DynamicCache | None = None
         self.codes: Tensor | None = None  # (rows,) drawn last
+        self.utterance = 0  # of the timeline
+        self.asked: Growing | None = None  # when its caller waited last
         self.parked: list[Parked] = []
         self.error: BaseException | None = None
         self.begun = False  # it waits, or did
@@ -142,6 +146,7 @@ class Scheduler:
         self._batch = Batch(runner)
         self._identity: Hashable = None  # of what the rows in the batch are computed with
         self._counts = BatchCounts()
+        self._stepped: Growing | None = None  # the latest steps
         forgets(self)
 
     def run(self, call: Call) -> list[Step]:
@@ -194,6 +199,7 @@ class Scheduler:
         # Such as more rows than there may be slots: told before anybody waits.
         self._runner.buckets.choose(self._runner.decoder, len(call.rows), call.prefix.shape[1] + 1)
         with self._lock:
+            call.utterance = self._runner.recorder.here.number
             call.patient = caller().patient  # such waits for others, and takes no place of theirs
             patient = sum(other.patient for scheduler in self._all for other in scheduler._queue)
             waiting = sum(max(scheduler._more, 0) for scheduler in self._all) - patient
@@ -231,6 +237,7 @@ class Scheduler:
         """Until the call is ready: another thread computes for it, or this one does for all."""
         if self._thread == threading.get_ident() and not call.ready:  # in a hook, say: it would wait for itself
             raise Fallback("a call from inside of a decode step")
+        start = time.perf_counter()
         try:
             while not call.ready:
                 caller().check()
@@ -248,8 +255,15 @@ class Scheduler:
         finally:
             call.waited_for = False
             self._stop_leading(call)
+            self._note_wait(call, start)
         if call.error is not None:
             raise call.error
+
+    def _note_wait(self, call: Call, start: float) -> None:
+        """Its caller waited; while it was prefilled, or had a step, that is what it was at."""
+        whose = (call.utterance,)
+        call.asked = self._runner.recorder.grow(call.asked, Phase.WAITING, start, whose)
+        call.asked.end = time.perf_counter()
 
     def _lead(self, call: Call) -> None:
         """Compute for all until a call is ready."""
@@ -342,7 +356,7 @@ class Scheduler:
         if not self._has_room(call):
             return False
         self._identity = call.identity
-        began = time.monotonic()
+        began, start = time.monotonic(), time.perf_counter()
         try:
             if call.parked:
                 if call.identity != self._runner.identity():
@@ -350,7 +364,8 @@ class Scheduler:
                 self._batch.bring_back(call.parked)
                 outputs = None
             else:
-                outputs = self._batch.admit(call.rows, call.prefix)
+                with self._runner.recorder.on_behalf(call.utterance):
+                    outputs = self._batch.admit(call.rows, call.prefix)
         except Exception as error:
             self._end(call, error)
             return True
@@ -362,6 +377,7 @@ class Scheduler:
         call.parked = []
         if outputs is not None:
             self._deliver([call], *outputs)
+        self._runner.recorder.was_at(Phase.AROUND, start, call.utterance)
         return True
 
     def _has_room(self, call: Call) -> bool:
@@ -396,6 +412,7 @@ class Scheduler:
         codes = torch.cat([call.codes for call in calls if call.codes is not None])
         places = [row.drawn for row in rows]
         ahead: list[Waits] = []
+        began = start = time.perf_counter()
         try:
             if self._runner.steps == 1:
                 outputs = self._batch.step(rows, (embed_codes(self._runner.networks.gpt, codes, places),))
@@ -404,7 +421,9 @@ class Scheduler:
                 ahead = self._draw_ahead(calls)
                 waits = torch.cat([each.waits for each in ahead])
                 given = codes.int(), torch.tensor(places).int(), *rules_of(rows, waits.shape[2]), waits
+                start = time.perf_counter()
                 outputs = self._batch.step(rows, given)
+            end = time.perf_counter()
             with self._lock:
                 self._counts.steps[len(rows)] += self._runner.steps
         except Exception as error:
@@ -423,10 +442,20 @@ class Scheduler:
             parts = (torch.split(each, sizes) for each in outputs[:3])  # the rest is for verification
             for call, its, *found in zip(calls, ahead, *parts, strict=True):
                 self._take(call, its, *found)
-            return
-        for row in rows:
-            row.position += 1
-        self._deliver(calls, *outputs)
+        else:
+            for row in rows:
+                row.position += 1
+            self._deliver(calls, *outputs)
+        self._note_steps(calls, len(rows), began, start, end)
+
+    def _note_steps(self, calls: Sequence[Call], rows: int, began: float, start: float, end: float) -> None:
+        """A step ran from ``start`` to ``end``; around that, from when it began until now, codes were drawn."""
+        whose = tuple(call.utterance for call in calls)
+        self._stepped = steps = self._runner.recorder.grow(self._stepped, Phase.DECODE, began, whose, rows=rows)
+        steps.end = time.perf_counter()
+        steps.steps += self._runner.steps
+        steps.decoding += end - start
+        steps.sampling += start - began + steps.end - end
 
     def _check_places(self, rows: Sequence[Row]) -> None:
         """Raise `Fallback` where coqui-tts has no position for a code that is wanted: a device would not notice."""

@@ -23,6 +23,7 @@ from neuron_xtts.decoding.caller import caller
 from neuron_xtts.decoding.draws import DRAWS, Claim, any_seed
 from neuron_xtts.errors import Fallback, FallbackError, NotFinite, QueueFullError, describe
 from neuron_xtts.patching.engines import Engines, Place
+from neuron_xtts.recorder import Asked
 from neuron_xtts.report import CallCounters
 from neuron_xtts.routes.base import Context, HandedOver, Kind, Method, Route
 from neuron_xtts.turns import now
@@ -53,6 +54,7 @@ class Dispatcher:
         self.strict = strict
         self.counters = CallCounters()
         self._turns = engines.turns
+        self._recorder = engines.first.runner.recorder
         self._cpus = usable_cpus()
         self._here = threading.local()
         self._gives_way = False
@@ -119,9 +121,15 @@ class Dispatcher:
         name = route.name
         if getattr(self._here, "falls_back", False):  # inside a method of coqui-tts's own
             return own()
-        if self._disabled(name):
-            with self._falling_back():
-                return own()
+        with self._recorder.call(name, route.phase):
+            if self._disabled(name):
+                with self._falling_back():
+                    return own()
+            return self._attempted(route, graphs, own, claim)
+
+    def _attempted(self, route: Route, graphs: Graphs, own: Call, claim: Claim | None) -> object:
+        """What graphs give; if they fail, what coqui-tts does."""
+        name = route.name
         with claim or contextlib.nullcontext(), self._timed(name):
             with (
                 contextlib.suppress(_FellBack),
@@ -137,19 +145,20 @@ class Dispatcher:
 
     def _steps(self, route: Route, graphs: Graphs, own: Call, claim: Claim | None) -> Iterator[object]:
         """An iterator. Nothing is held while the caller has a step, but for its place and its claim."""
-        name = route.name
+        name, asked = route.name, self._recorder.stream(route.name, route.phase)
         try:
             theirs: Iterator[object] = own()
-            if self._disabled(name):
-                return self._theirs(theirs, claim)
-            place = self.engines.place(generates=route.draws)
-            with contextlib.suppress(_FellBack), self._attempt(name, claim, place.context):
-                try:
-                    return self._stream(name, place, graphs(place.context), theirs, claim)
-                except BaseException:  # a traceback would keep it
-                    place.end()
-                    raise
-            return self._theirs(theirs, claim)
+            with asked:
+                if self._disabled(name):
+                    return self._theirs(theirs, claim, asked)
+                place = self.engines.place(generates=route.draws)
+                with contextlib.suppress(_FellBack), self._attempt(name, claim, place.context):
+                    try:
+                        return self._stream(name, place, graphs(place.context), theirs, claim, asked)
+                    except BaseException:  # a traceback would keep it
+                        place.end()
+                        raise
+                return self._theirs(theirs, claim, asked)
         except BaseException:
             if claim is not None:  # a traceback would keep it
                 claim.end()
@@ -162,13 +171,14 @@ class Dispatcher:
         ours: Generator[object, None, None],
         theirs: Iterator[object],
         claim: Claim | None,
+        asked: Asked,
     ) -> Iterator[object]:
         """The steps of graphs; after one that fails, coqui-tts's own, as if they had been asked from the start."""
         given = 0
         with claim or contextlib.nullcontext():
             try:
                 with place as context:
-                    for step in self._guarded(name, ours, claim, context):
+                    for step in self._guarded(name, ours, claim, context, asked):
                         given += 1
                         yield step
                 self.counters.served(name)
@@ -181,16 +191,18 @@ class Dispatcher:
             finally:
                 ours.close()  # before the claim ends
             for _ in range(given):
-                with self._falling_back():
+                with asked, self._falling_back():
                     if next(theirs, None) is None:  # in fp32 it may be over sooner than in reduced precision
                         return
-            yield from self._theirs(theirs, claim)
+            yield from self._theirs(theirs, claim, asked)
 
-    def _guarded(self, name: str, steps: Iterator[object], claim: Claim | None, context: Context) -> Iterator[object]:
+    def _guarded(
+        self, name: str, steps: Iterator[object], claim: Claim | None, context: Context, asked: Asked
+    ) -> Iterator[object]:
         """Steps of graphs, each timed; raises `_FellBack` where one fails."""
         end = object()
         while True:
-            with self._timed(name), self._attempt(name, claim, context, brief=True):
+            with asked, self._timed(name), self._attempt(name, claim, context, brief=True):
                 step = next(steps, end)
             if step is end:
                 return
@@ -198,12 +210,12 @@ class Dispatcher:
             caller().codes += 1
             yield step
 
-    def _theirs(self, steps: Iterator[object], claim: Claim | None) -> Iterator[object]:
+    def _theirs(self, steps: Iterator[object], claim: Claim | None, asked: Asked) -> Iterator[object]:
         """Steps of coqui-tts."""
         end = object()
         with claim or contextlib.nullcontext():
             while True:
-                with self._falling_back():
+                with asked, self._falling_back():
                     step = next(steps, end)
                 if step is end:
                     return
@@ -213,7 +225,9 @@ class Dispatcher:
     @contextlib.contextmanager
     def _falling_back(self) -> Iterator[None]:
         """The turn of a method of coqui-tts's own, in which other routed methods are coqui-tts's, too."""
+        start = time.perf_counter()
         with self._turns.take():
+            self._recorder.waited(start)
             before = getattr(self._here, "falls_back", False)
             self._here.falls_back = True
             try:
@@ -226,19 +240,19 @@ class Dispatcher:
         name = route.name
         memo = self.engines.first.voices[name]
         if not memo.size:
-            with self._turns.first.take():
+            with self._recorder.call(name, route.phase), self._first_turn():
                 return own()
-        with self._timed(name):
+        with self._recorder.call(name, route.phase), self._timed(name):
             found, reason = self._identify(key)
             if reason is not None:
-                if self.counters.fell_back(name, reason):
+                if self._fell_back(name, reason):
                     logger.warning("%s: a voice is not remembered: %s", name, reason)
-                with self._turns.first.take():
+                with self._first_turn():
                     return own()
             known = memo.find(found)
             if known is not None:
                 return self._served(name, HandedOver(known))
-            with self._turns.first.take():  # so that threads that ask for the same compute it once
+            with self._first_turn():  # so that threads that ask for the same compute it once
                 known = memo.find(found)
                 if known is not None:
                     return self._served(name, HandedOver(known))
@@ -268,8 +282,21 @@ class Dispatcher:
     def _disabled(self, name: str) -> bool:
         if not disabled():
             return False
-        self.counters.fell_back(name, _DISABLED)
+        self._fell_back(name, _DISABLED)
         return True
+
+    def _fell_back(self, name: str, reason: str) -> bool:
+        """Count a call that coqui-tts serves; true for the first of its reason."""
+        self._recorder.fell_back(name, reason)
+        return self.counters.fell_back(name, reason)
+
+    @contextlib.contextmanager
+    def _first_turn(self) -> Iterator[None]:
+        """The turn of the first engine, and the wait for it noted."""
+        start = time.perf_counter()
+        with self._turns.first.take():
+            self._recorder.waited(start)
+            yield
 
     @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -298,7 +325,7 @@ class Dispatcher:
             if not expected or isinstance(error, NotFinite):
                 self.engines.failed(context)
             reason = str(error) if expected else describe(error)[:200]
-            if self.counters.fell_back(name, reason):
+            if self._fell_back(name, reason):
                 logger.warning("%s falls back to coqui-tts: %s", name, reason, exc_info=not expected)
             if self.strict:
                 raise FallbackError(name, reason) from error

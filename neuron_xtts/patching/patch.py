@@ -17,6 +17,7 @@ from neuron_xtts.options import Options
 from neuron_xtts.patching.dispatch import Dispatcher
 from neuron_xtts.patching.engines import Engines
 from neuron_xtts.patching.proxy import Installation
+from neuron_xtts.recorder import Recorder
 from neuron_xtts.report import Report, RunCounters
 from neuron_xtts.routes import ROUTES
 from neuron_xtts.routes.base import Context, Kind
@@ -56,6 +57,7 @@ class Patch:
         self._installations = {route.name: Installation(route.module(xtts), route.method) for route in ROUTES}
         self._networks = Networks.of(xtts)
         self._counters = RunCounters()
+        self._recorder = Recorder()
         turns = _turns.setdefault(xtts, AllTurns())
         runners = self._make_runners(options, turns)
         prefixes: Any = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
@@ -82,7 +84,8 @@ class Patch:
         backends = options.make_backends(self._networks, graphs)
         try:
             each = zip(backends, turns.of(len(backends)), strict=True)
-            return [Runner(self._networks, graphs, unfit, backend, own, self._counters) for backend, own in each]
+            shared = self._counters, self._recorder
+            return [Runner(self._networks, graphs, unfit, backend, own, *shared) for backend, own in each]
         except BaseException:
             for backend in backends:
                 backend.close()
@@ -120,6 +123,7 @@ class Patch:
             over_host=engines.over_host(),
             copied=backend.copied,
             gone=self.gone(xtts),
+            timeline=self._recorder.timeline(),
         )
 
     def remove(self) -> None:

@@ -9,16 +9,17 @@ from neuron_xtts.routes.stream import compute_embeddings, get_generator, own_gen
 from neuron_xtts.routes.vocoder import forward as vocode
 from neuron_xtts.routes.vocoder import inference as vocode_in_inference_mode
 from neuron_xtts.routes.voice import get_conditioning_latents, get_speaker_embedding
+from neuron_xtts.timeline import Phase
 
 # In the order of reports.
 ROUTES = (
-    Route("gpt", "get_style_emb", get_style_emb),
-    Route("gpt", "generate", generate, own=own_seeded, check=check_seed, draws=True),
-    Route("gpt", "forward", make_latents),
-    Route("hifigan_decoder", "forward", vocode),
-    Route("hifigan_decoder", "inference", vocode_in_inference_mode),
-    Route("gpt", "compute_embeddings", compute_embeddings, Kind.NOTED),
-    Route("gpt", "get_generator", get_generator, Kind.STEPS, own_generator, check_seed, draws=True),
-    Route("", "get_conditioning_latents", get_conditioning_latents, Kind.REMEMBERED),
-    Route("", "get_speaker_embedding", get_speaker_embedding, Kind.REMEMBERED),
+    Route("gpt", "get_style_emb", get_style_emb, Phase.VOICE),
+    Route("gpt", "generate", generate, Phase.DECODE, own=own_seeded, check=check_seed, draws=True),
+    Route("gpt", "forward", make_latents, Phase.LATENTS),
+    Route("hifigan_decoder", "forward", vocode, Phase.VOCODER),
+    Route("hifigan_decoder", "inference", vocode_in_inference_mode, Phase.VOCODER),
+    Route("gpt", "compute_embeddings", compute_embeddings, Phase.DECODE, Kind.NOTED),
+    Route("gpt", "get_generator", get_generator, Phase.DECODE, Kind.STEPS, own_generator, check_seed, draws=True),
+    Route("", "get_conditioning_latents", get_conditioning_latents, Phase.VOICE, Kind.REMEMBERED),
+    Route("", "get_speaker_embedding", get_speaker_embedding, Phase.VOICE, Kind.REMEMBERED),
 )

@@ -17,6 +17,7 @@ from neuron_xtts.errors import Fallback
 from neuron_xtts.routes.listening import Listening
 from neuron_xtts.routes.memo import AudioMemo, LatentsMemo, VoiceMemo
 from neuron_xtts.runner import Runner
+from neuron_xtts.timeline import Phase
 
 Method = Callable[..., Any]
 Result = TypeVar("Result")
@@ -91,6 +92,7 @@ class Route:
         method: its name.
         call: ``call(context, *args, **kwargs)`` with the arguments of the method, of a remembered or noted result
             ``call(context, method, *args, **kwargs)``; raises `Fallback`, or anything else, if coqui-tts must serve it.
+        phase: what an utterance is at in it.
         kind: what ``call`` returns.
         own: ``own(context, method)`` is coqui-tts's method as a fallback calls it.
         check: raises, before anything is tried, for keyword arguments that are ours and mean nothing.
@@ -100,6 +102,7 @@ class Route:
     owner: str
     method: str
     call: Callable[..., Any]
+    phase: Phase
     kind: Kind = Kind.WHOLE
     own: Callable[[Context, Method], Method] = as_it_is
     check: Callable[[Mapping[str, Any]], None] = anything

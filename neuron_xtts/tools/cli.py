@@ -187,7 +187,13 @@ def _add_bench(subparsers: Subparsers) -> None:
     _add_backend(bench)
     bench.add_argument("--json", type=Path, metavar="FILE", help="write all samples and the figures made of them")
     bench.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
-    bench.add_argument("--png", type=Path, metavar="FILE", help="draw the RTF, the time per chunk, or the means")
+    bench.add_argument(
+        "--png",
+        type=Path,
+        metavar="FILE",
+        help="draw the RTF, the time per chunk, or the means; and beside it, for each precision, what utterances were "
+        "at, and when: FILE-timeline-int8.png",
+    )
 
 
 def _add_judge(subparsers: Subparsers) -> None:

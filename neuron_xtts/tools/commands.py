@@ -58,6 +58,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
     _write(results, arguments)
     if arguments.png:
         results.draw(arguments.png)
+        results.draw_timelines(arguments.png)
     return 0
 
 

@@ -23,6 +23,7 @@ from neuron_xtts.backends.host.kernels import cpu_has
 from neuron_xtts.coqui.models import SENTENCES, load_or_make
 from neuron_xtts.coqui.recordings import check_recording, write_reference
 from neuron_xtts.options import PatchOptions
+from neuron_xtts.report import Report
 from neuron_xtts.tables import Table, markdown, table
 
 PLAIN = "coqui-tts"  # the variant that is not patched
@@ -156,6 +157,9 @@ class Results:
 class Benchmark(Results):
     """What a benchmark measured."""
 
+    def __post_init__(self) -> None:
+        self._reports: dict[str, Report] = {}  # no field: samples do not have it
+
     def medians(self) -> dict[int | str, Figures] | dict[str, Figures]:
         """The figures that matter, for programs: by what was measured, then by variant."""
         raise NotImplementedError
@@ -163,6 +167,24 @@ class Benchmark(Results):
     def draw(self, path: Path) -> None:
         """Draw the figures that matter into a PNG file."""
         raise NotImplementedError
+
+    def unpatch(self, xtts: object, variant: str) -> None:
+        """Unpatch ``xtts``, and keep the report with the longest timeline of each variant."""
+        report = neuron_xtts.report(xtts)
+        if variant not in self._reports or report.timeline.seconds > self._reports[variant].timeline.seconds:
+            self._reports[variant] = report
+        super().unpatch(xtts, variant)
+
+    def draw_timelines(self, path: Path) -> list[Path]:
+        """Draw what utterances were at, for each variant that was patched, beside the PNG file of `draw`.
+
+        Returns:
+            the files, such as ``bench-timeline-int8.png`` of ``bench.png``.
+        """
+        files = {path.with_name(f"{path.stem}-timeline-{name}{path.suffix}"): name for name in self._reports}
+        for file, name in files.items():
+            self._reports[name].plot(file)
+        return list(files)
 
     def to_dict(self) -> dict[str, Any]:
         """All samples, and the medians, as plain data."""
