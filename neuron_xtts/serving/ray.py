@@ -47,7 +47,7 @@ def app(cluster: Cluster) -> Any:
     start = Start(
         checkpoint=cluster.checkpoint, small=cluster.small, voices=cluster.voices,
         settings=Settings(language=cluster.language, requests=cluster.requests),
-        options={"precision": cluster.precision, "queue": cluster.queue},
+        options={"precision": cluster.precision, "queue": cluster.queue, "guard": cluster.guard},
     )  # fmt: skip
     return deploy(start, cluster)
 

@@ -75,7 +75,7 @@ def _start(arguments: argparse.Namespace, options: PatchOptions) -> Start:
         logger.info('no page for people: pip install "neuron-xtts[webui]"')
     return Start(
         checkpoint=arguments.checkpoint, small=arguments.small, voices=arguments.voices, page=page, settings=settings,
-        options={**options, "queue": arguments.queue},
+        options={**options, "queue": arguments.queue, "guard": not arguments.no_guard},
     )  # fmt: skip
 
 
@@ -115,6 +115,7 @@ def add_arguments(serving: argparse.ArgumentParser) -> None:
     )
     serving.add_argument("--no-uploads", action="store_true", help="clients may not add voices")
     serving.add_argument("--requests", type=int, default=128, help="answered at once, at most (default: %(default)s)")
+    serving.add_argument("--no-guard", action="store_true", help="without the one against hallucinated tails")
     serving.add_argument("--no-page", action="store_true", help="without the page at /ui, for which Gradio is needed")
     serving.add_argument("--queue", type=int, default=64, help="calls that may wait (default: %(default)s)")
     serving.add_argument(
