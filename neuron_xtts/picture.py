@@ -198,8 +198,9 @@ def _draw_utterances(axes: Any, clock: Clock, utterances: Sequence[Utterance], r
         for span in utterance.spans:
             for phase, bar in _bars(span, clock, lane):
                 bars.setdefault((phase, span.reason is not None), []).append(bar)
-            if span.reason is not None:
-                _draw_letter(axes, clock.at(span.start), lane, reasons[span.reason])
+        for reason in dict.fromkeys(span.reason for span in utterance.spans if span.reason):
+            longest = max((span for span in utterance.spans if span.reason == reason), key=lambda span: span.seconds)
+            _draw_letter(axes, clock.at(longest.start), lane, reasons[reason])
     for (phase, fell_back), boxes in sorted(bars.items(), key=lambda item: item[0][1]):
         _draw_bars(axes, phase, boxes, fell_back)
     axes.set_yticks(range(len(utterances)), [_label(utterance) for utterance in utterances], fontsize="small")
@@ -233,9 +234,8 @@ def _bars(span: Span, clock: Clock, lane: int) -> Iterable[tuple[Phase, tuple[fl
 def _shares(span: Span) -> dict[Phase, float]:
     """The phases that a span's time went to."""
     around = 1 - span.decoding - span.sampling
-    if around < 1e-6:
-        return {span.phase: 1.0}
-    return {span.phase: span.decoding, Phase.SAMPLING: span.sampling, Phase.AROUND: around}
+    shares = ((span.phase, span.decoding), (Phase.SAMPLING, span.sampling), (Phase.AROUND, around))
+    return {phase: share for phase, share in shares if share > 1e-6}
 
 
 def _style(phase: Phase, fell_back: bool) -> dict[str, Any]:

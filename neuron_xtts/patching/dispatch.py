@@ -25,7 +25,7 @@ from neuron_xtts.patching.engines import Engines, Place
 from neuron_xtts.recorder import Asked
 from neuron_xtts.report import CallCounters
 from neuron_xtts.routes.base import DISABLE_VARIABLE, Context, HandedOver, Kind, Method, Route, disabled
-from neuron_xtts.turns import now
+from neuron_xtts.turns import AllTurns, Turns, now
 
 logger = logging.getLogger(__name__)
 
@@ -224,9 +224,7 @@ class Dispatcher:
     @contextlib.contextmanager
     def _falling_back(self) -> Iterator[None]:
         """The turn of a method of coqui-tts's own, in which other routed methods are coqui-tts's, too."""
-        start = time.perf_counter()
-        with self._turns.take():
-            self._recorder.waited(start)
+        with self._turn(self._turns):
             before = getattr(self._here, "falls_back", False)
             self._here.falls_back = True
             try:
@@ -239,19 +237,19 @@ class Dispatcher:
         name = route.name
         memo = self.engines.first.voices[name]
         if not memo.size:
-            with self._recorder.call(name, route.phase), self._first_turn():
+            with self._recorder.call(name, route.phase), self._turn(self._turns.first):
                 return own()
         with self._recorder.call(name, route.phase), self._timed(name):
             found, reason = self._identify(key)
             if reason is not None:
                 if self._fell_back(name, reason):
                     logger.warning("%s: a voice is not remembered: %s", name, reason)
-                with self._first_turn():
+                with self._turn(self._turns.first):
                     return own()
             known = memo.find(found)
             if known is not None:
                 return self._served(name, HandedOver(known))
-            with self._first_turn():  # so that threads that ask for the same compute it once
+            with self._turn(self._turns.first):  # so that threads that ask for the same compute it once
                 known = memo.find(found)
                 if known is not None:
                     return self._served(name, HandedOver(known))
@@ -294,10 +292,10 @@ class Dispatcher:
         return self.counters.fell_back(name, reason)
 
     @contextlib.contextmanager
-    def _first_turn(self) -> Iterator[None]:
-        """The turn of the first engine, and the wait for it noted."""
+    def _turn(self, turns: Turns | AllTurns) -> Iterator[None]:
+        """A turn, and the wait for it noted."""
         start = time.perf_counter()
-        with self._turns.first.take():
+        with turns.take():
             self._recorder.waited(start)
             yield
 
@@ -322,7 +320,7 @@ class Dispatcher:
             raise
         except Exception as error:
             if claim is not None:
-                with self._turns.take():
+                with self._turn(self._turns):
                     claim.rewind()
             expected = isinstance(error, Fallback)
             if not expected or isinstance(error, NotFinite):
