@@ -15,6 +15,8 @@ from neuron_xtts.errors import ExtraMissingError
 
 #: Samples of audio, as XTTS makes it: floats in [-1, 1].
 Samples = NDArray[np.float32]
+#: The same as 16-bit integers.
+Pcm = NDArray[np.int16]
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,10 @@ _UNKNOWN = 0xFFFFFFFF  # a length, in the header of a WAV file that is sent befo
 _CONTAINER_OPTIONS = {"ogg": {"page_duration": "60000"}, "mp3": {"write_xing": "0", "id3v2_version": "0"}}
 
 
-def to_int16(samples: Samples) -> NDArray[np.int16]:
-    """Samples as 16-bit integers; what is beyond [-1, 1] is clipped."""
+def to_int16(samples: Samples | Pcm) -> Pcm:
+    """Samples as 16-bit integers; what is beyond [-1, 1] is clipped. Such integers stay what they are."""
+    if np.issubdtype(samples.dtype, np.integer):
+        return samples.astype("<i2")
     return (np.clip(samples, -1, 1) * 32767).astype("<i2")
 
 
@@ -109,7 +113,7 @@ class Encoder:
                 self._stream.bit_rate = self.format.bit_rate
         self._given = 0
 
-    def encode(self, samples: Samples) -> bytes:
+    def encode(self, samples: Samples | Pcm) -> bytes:
         """Encode what comes next; returns what can be sent of it, at first with the header."""
         if self._container is None:
             head, self._head = self._head, b""

@@ -107,16 +107,16 @@ class Narration:
         upcoming = asyncio.create_task(self._begin())
         try:
             while (speech := await upcoming) is not None:
-                number, silence = len(self.spans), _silence(speech.sentence.before)
-                self.spans.append(Span(speech.sentence.text, self.seconds + len(silence) / OUTPUT_RATE, 0.0))
+                number, before = len(self.spans), silence(speech.sentence.before)
+                self.spans.append(Span(speech.sentence.text, self.seconds + len(before) / OUTPUT_RATE, 0.0))
                 upcoming = asyncio.create_task(self._begin())
-                yield self._given(np.concatenate([silence, speech.first]), number, begins=True)
+                yield self._given(np.concatenate([before, speech.first]), number, begins=True)
                 while (samples := await speech.more()) is not None:
                     yield self._given(samples, number)
                 self.spans[-1].end = self.seconds
                 if len(self._begun) > len(self.spans):
                     self._begun[-1].on_behalf.due = self._runs_out()
-                yield self._given(_silence(speech.sentence.after), number, ends=True)
+                yield self._given(silence(speech.sentence.after), number, ends=True)
         finally:
             upcoming.cancel()
             await asyncio.wait([upcoming])
@@ -180,7 +180,8 @@ class _Speech:
         await self._chunks.aclose()
 
 
-def _silence(seconds: float) -> Samples:
+def silence(seconds: float) -> Samples:
+    """So many seconds of exact zeros."""
     return np.zeros(round(seconds * OUTPUT_RATE), np.float32)
 
 

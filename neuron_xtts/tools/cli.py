@@ -6,14 +6,22 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TypeAlias
 
-from neuron_xtts.buckets import BucketPlan
 from neuron_xtts.coqui.constants import STREAM_CHUNK
 from neuron_xtts.errors import NeuronXttsError
-from neuron_xtts.tools import commands, voices
+from neuron_xtts.tools import commands, say, serve, voices
+from neuron_xtts.tools.arguments import (
+    add_backend,
+    add_model,
+    add_plan,
+    add_precision,
+    add_speaker,
+    add_target,
+    positive,
+    seed,
+)
 from neuron_xtts.tools.bench import PLAIN
 from neuron_xtts.tools.bench.batch import RATE, SCENES
 from neuron_xtts.version import __version__
@@ -35,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (NeuronXttsError, OSError, ValueError) as error:
         print(f"neuron-xtts: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as stop:
+        print(f"neuron-xtts: {stop or 'interrupted'}", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,9 +54,52 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(required=True, metavar="command")
-    for add in (_add_demo, _add_voices, _add_judge, _add_compile, _add_bench, _add_graphs, _add_doctor):
+    for add in (
+        _add_say,
+        _add_serve,
+        _add_demo,
+        _add_voices,
+        _add_judge,
+        _add_compile,
+        _add_bench,
+        _add_graphs,
+        _add_doctor,
+    ):
         add(subparsers)
     return parser
+
+
+def _add_say(subparsers: Subparsers) -> None:
+    saying = subparsers.add_parser(
+        "say",
+        help="say a text: into a file, a pipe, or aloud",
+        description="Say a text of any length, sentence by sentence. What is said into a file goes on where it was "
+        "stopped, if the same command is given again.",
+        epilog=say.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    saying.set_defaults(run=lambda arguments: say.run_say(arguments, commands._patch_options(arguments)))
+    say.add_arguments(saying)
+    saying.add_argument("--seed", type=seed, help="of the first sentence; each further one has one more (default: any)")
+    add_plan(saying)
+    add_precision(saying)
+    add_backend(saying)
+
+
+def _add_serve(subparsers: Subparsers) -> None:
+    serving = subparsers.add_parser(
+        "serve",
+        help="serve a model to OpenAI's clients and others",
+        description="Serve one model over HTTP: OpenAI's API, text as it is written, voices, figures, a page.",
+        epilog="examples:\n  neuron-xtts serve\n  neuron-xtts serve --precision int8 --alias alloy=ann",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serving.set_defaults(run=lambda arguments: serve.run_serve(arguments, commands._patch_options(arguments)))
+    serve.add_arguments(serving)
+    add_model(serving)
+    add_plan(serving)
+    add_precision(serving)
+    add_backend(serving)
 
 
 def _add_demo(subparsers: Subparsers) -> None:
@@ -57,15 +111,15 @@ def _add_demo(subparsers: Subparsers) -> None:
         "model of full size with random weights: its time is real, its audio is noise.",
     )
     demo.set_defaults(run=commands.run_demo)
-    _add_model(demo)
-    _add_plan(demo)
-    _add_precision(demo)
-    _add_speaker(demo)
+    add_model(demo)
+    add_plan(demo)
+    add_precision(demo)
+    add_speaker(demo)
     demo.add_argument("--text", help="the sentence")
     demo.add_argument("--language", default="en", help="of the sentence (default: %(default)s)")
-    demo.add_argument("--codes", type=_positive, default=100, help="with random weights (default: %(default)s)")
-    demo.add_argument("--seed", type=_seed, default=1, help="(default: %(default)s)")
-    _add_backend(demo)
+    demo.add_argument("--codes", type=positive, default=100, help="with random weights (default: %(default)s)")
+    demo.add_argument("--seed", type=seed, default=1, help="(default: %(default)s)")
+    add_backend(demo)
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="(default: %(default)s)")
 
 
@@ -115,13 +169,13 @@ def _add_compile(subparsers: Subparsers) -> None:
         "canary, comes first: if it fails, nothing else is tried. Exits with 1 if a graph failed.",
     )
     compiling.set_defaults(run=commands.run_compile)
-    _add_plan(compiling)
-    _add_precision(compiling)
+    add_plan(compiling)
+    add_precision(compiling)
     which = compiling.add_mutually_exclusive_group(required=True)
-    _add_model(which, small="a small model with random weights")
+    add_model(which, small="a small model with random weights")
     which.add_argument("--random", action="store_true", help="a full-size model with random weights")
-    _add_target(compiling)
-    compiling.add_argument("--jobs", type=_positive, help="graphs at a time (default: what memory allows)")
+    add_target(compiling)
+    compiling.add_argument("--jobs", type=positive, help="graphs at a time (default: what memory allows)")
     compiling.add_argument("--timeout", type=float, metavar="SECONDS", help="for one graph (default: an hour)")
 
 
@@ -137,10 +191,10 @@ def _add_bench(subparsers: Subparsers) -> None:
         "graph by itself, sentences and streams.",
     )
     bench.set_defaults(run=commands.run_bench)
-    _add_model(bench)
-    _add_plan(bench)
-    _add_precision(bench)
-    _add_speaker(bench)
+    add_model(bench)
+    add_plan(bench)
+    add_precision(bench)
+    add_speaker(bench)
     bench.add_argument(
         "what",
         type=lambda name: _FORMER_NAMES.get(name, name),
@@ -151,11 +205,11 @@ def _add_bench(subparsers: Subparsers) -> None:
     )
     bench.add_argument(
         "--codes",
-        type=_positive,
+        type=positive,
         nargs="+",
         help="of each sentence or stream (default: 50 100 200 400; 100 300 600; of batch one number: 100)",
     )
-    bench.add_argument("--callers", type=_positive, nargs="+", help="of batch (default: 1 2 4 8 16)")
+    bench.add_argument("--callers", type=positive, nargs="+", help="of batch (default: 1 2 4 8 16)")
     bench.add_argument(
         "--scenes",
         nargs="+",
@@ -174,17 +228,17 @@ def _add_bench(subparsers: Subparsers) -> None:
         help="sentences, one a line, to speak until they end by themselves, in place of --codes: for trained weights",
     )
     bench.add_argument(
-        "--chunk", type=_positive, default=STREAM_CHUNK, help="codes per chunk of a stream (default: %(default)s)"
+        "--chunk", type=positive, default=STREAM_CHUNK, help="codes per chunk of a stream (default: %(default)s)"
     )
     bench.add_argument(
         "--precisions", nargs="+", metavar="NAME", help="of all but streams (default: all that the backend has)"
     )
-    bench.add_argument("--rounds", type=_positive, default=3, help="of all but methods (default: %(default)s)")
+    bench.add_argument("--rounds", type=positive, default=3, help="of all but methods (default: %(default)s)")
     bench.add_argument(
-        "--iterations", type=_positive, default=100, help="of methods; a tenth of generation (default: %(default)s)"
+        "--iterations", type=positive, default=100, help="of methods; a tenth of generation (default: %(default)s)"
     )
-    bench.add_argument("--warm-up", type=_positive, default=10, help="iterations not counted (default: %(default)s)")
-    _add_backend(bench)
+    bench.add_argument("--warm-up", type=positive, default=10, help="iterations not counted (default: %(default)s)")
+    add_backend(bench)
     bench.add_argument("--json", type=Path, metavar="FILE", help="write all samples and the figures made of them")
     bench.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
     bench.add_argument(
@@ -214,11 +268,11 @@ def _add_judge(subparsers: Subparsers) -> None:
         "--in-turn", action="store_true", help="one voice for a sentence, the next for the next (default: all for each)"
     )
     judge.add_argument("--texts", type=Path, metavar="FILE", required=True, help="English, one sentence a line")
-    judge.add_argument("--limit", type=_positive, metavar="N", help="only the first sentences")
+    judge.add_argument("--limit", type=positive, metavar="N", help="only the first sentences")
     judge.add_argument("--seeds", type=int, nargs="+", default=[1], help="of each sentence (default: 1)")
     judge.add_argument("--precisions", nargs="+", metavar="NAME", help="(default: all that the backend has)")
-    _add_backend(judge)
-    _add_plan(judge)
+    add_backend(judge)
+    add_plan(judge)
     judge.add_argument(
         "--recognizers",
         nargs="+",
@@ -240,11 +294,11 @@ def _add_judge(subparsers: Subparsers) -> None:
         help="of the control, one for all voices or one for each (default: en-us)",
     )
     judge.add_argument(
-        "--espeak-speed", type=_positive, default=175, metavar="N", help="words per minute (default: %(default)s)"
+        "--espeak-speed", type=positive, default=175, metavar="N", help="words per minute (default: %(default)s)"
     )
     judge.add_argument(
         "--espeak-range",
-        type=_positive,
+        type=positive,
         default=100,
         metavar="PERCENT",
         help="of the pitch that a voice has (default: %(default)s)",
@@ -277,9 +331,9 @@ def _add_graphs(subparsers: Subparsers) -> None:
         "torch-neuronx's) makes of every graph of the static bucket plan, and whatever stands against compiling it.",
     )
     graphs.set_defaults(run=commands.run_graphs)
-    _add_model(graphs)
-    _add_plan(graphs)
-    _add_precision(graphs)
+    add_model(graphs)
+    add_plan(graphs)
+    add_precision(graphs)
     what = graphs.add_mutually_exclusive_group()
     what.add_argument("--lower", action="store_true", help="lower the graphs; exit with 1 if anything is against them")
     what.add_argument(
@@ -308,92 +362,7 @@ def _add_doctor(subparsers: Subparsers) -> None:
         action="store_true",
         help="try it: compile a graph of two small layers, and run it where there is a device",
     )
-    _add_model(doctor)
-    _add_plan(doctor)
-    _add_precision(doctor)
-    _add_target(doctor)
-
-
-# Arguments that several commands have. `argparse._ActionsContainer` is a parser, or a group of one.
-
-
-def _add_model(container: argparse._ActionsContainer, small: str = "a small model, for a quick look") -> None:
-    container.add_argument("--checkpoint", type=Path, metavar="DIR", help="a real XTTS v2 checkpoint")
-    container.add_argument("--small", action="store_true", help=small)
-
-
-def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--store", type=Path, metavar="DIR", help="of compiled graphs (default: the user's cache)")
-    parser.add_argument(
-        "--sizes", type=_sizes, action="append", default=[], metavar="FIELD=N,N",
-        help="of the bucket plan, such as decode=512, slots=1,4 or steps=4; nothing after the = leaves the graph out",
-    )  # fmt: skip
-
-
-def _add_precision(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--precision",
-        default="fp32",
-        metavar="NAME",
-        help="fp32, bf16, int8 (host), bf16-all (Neuron); default: fp32",
-    )
-    parser.add_argument(
-        "--compiler-args", type=_assignment, action="append", default=[], metavar="GRAPH=ARGS",
-        help="of neuronx-cc for one graph, such as vocoder=-O2",
-    )  # fmt: skip
-
-
-def _add_speaker(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--speaker-wav",
-        type=Path,
-        metavar="FILE",
-        help="the voice to clone (default: a tone it makes; in the demo, the miniature's own)",
-    )
-
-
-def _add_backend(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--backend", default="auto", help="auto, cpu, neuron, neuron:N or neuron:N-M (default: %(default)s)"
-    )
-
-
-def _add_target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", help="inf2, trn1, trn1n or trn2 (default: this machine)")
-
-
-def _whole(value: str) -> int:
-    try:
-        return int(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number") from None
-
-
-def _seed(value: str) -> int:
-    number = _whole(value)
-    if not -(2**63) <= number < 2**64:
-        raise argparse.ArgumentTypeError(f"{number} is not between -2**63 and 2**64 - 1")
-    return number
-
-
-def _positive(value: str) -> int:
-    number = _whole(value)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
-    return number
-
-
-def _assignment(value: str) -> tuple[str, str]:
-    name, equals, rest = value.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{value!r} is not NAME=VALUE")
-    return name, rest
-
-
-def _sizes(value: str) -> tuple[str, tuple[int, ...] | int]:
-    name, sizes = _assignment(value)
-    if name not in {field.name for field in fields(BucketPlan)}:
-        raise argparse.ArgumentTypeError(f"{name!r} is not a field of BucketPlan")
-    if name == "steps":
-        return name, _positive(sizes)
-    return name, tuple(_positive(size) for size in sizes.split(",") if size)
+    add_model(doctor)
+    add_plan(doctor)
+    add_precision(doctor)
+    add_target(doctor)
