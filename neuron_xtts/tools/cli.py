@@ -186,7 +186,7 @@ def _add_bench(subparsers: Subparsers) -> None:
         description="Measure patched against unpatched coqui-tts, in turns, in one process, with a known voice. "
         "sentence: seconds by stage in every precision, first audio, accuracy, memory. stream: time to first audio and "
         "time per chunk. methods: GPT.forward, vocoder and generation by themselves, mean and deviation. batch: many "
-        "callers at once, together and one by one. Full size takes half an hour on two cores, batch several hours. "
+        "callers at once, together and one by one. serve: the server beside the library. Full size takes half an hour on two cores, batch several hours. "
         "device: on a Neuron device, all that a report of it needs: doctor, canary, compilation, verification, every "
         "graph by itself, sentences and streams.",
     )
@@ -198,7 +198,7 @@ def _add_bench(subparsers: Subparsers) -> None:
     bench.add_argument(
         "what",
         type=lambda name: _FORMER_NAMES.get(name, name),
-        choices=("sentence", "stream", "methods", "batch", "device"),
+        choices=("sentence", "stream", "methods", "batch", "serve", "device"),
         nargs="?",
         default="sentence",
         help="(default: sentence)",
@@ -209,7 +209,7 @@ def _add_bench(subparsers: Subparsers) -> None:
         nargs="+",
         help="of each sentence or stream (default: 50 100 200 400; 100 300 600; of batch one number: 100)",
     )
-    bench.add_argument("--callers", type=positive, nargs="+", help="of batch (default: 1 2 4 8 16)")
+    bench.add_argument("--callers", type=positive, nargs="+", help="of batch (default: 1 2 4 8 16), of serve (1 8)")
     bench.add_argument(
         "--scenes",
         nargs="+",

@@ -24,7 +24,7 @@ from neuron_xtts.options import Options, PatchOptions
 from neuron_xtts.precision import HOST_PRECISIONS, NEURON_PRECISIONS, Precision
 from neuron_xtts.tables import table
 from neuron_xtts.tools import demo
-from neuron_xtts.tools.bench import Benchmark, Results, Subject, batch, device, methods, sentence, stream
+from neuron_xtts.tools.bench import Benchmark, Results, Subject, batch, device, methods, sentence, serve, stream
 from neuron_xtts.tools.doctor import examine
 from neuron_xtts.tools.inventory import listing, remove, take_inventory, unusable
 from neuron_xtts.tools.judge import Judge, by_name
@@ -94,6 +94,15 @@ def _measure(arguments: argparse.Namespace) -> Benchmark:
             )
         return device.bench_device(
             subject, iterations=arguments.iterations, rounds=arguments.rounds, precisions=precisions, options=options
+        )
+    if arguments.what == "serve":
+        return serve.bench_serve(
+            subject,
+            callers=arguments.callers or serve.CALLERS,
+            codes=(arguments.codes or [serve.CODES])[0],
+            rounds=arguments.rounds,
+            precision=arguments.precision,
+            options=options,
         )
     if arguments.what == "batch":
         if arguments.codes and len(arguments.codes) > 1:

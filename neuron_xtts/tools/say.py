@@ -113,7 +113,7 @@ def _speech(tts: Any, text: str, arguments: argparse.Namespace, options: PatchOp
         )
     xtts = tts.synthesizer.tts_model
     weights = saying.weights_digest(xtts) if len(sentences) > 1 and not arguments.stream else ""
-    neuron_xtts.patch(tts, **options)
+    neuron_xtts.patch(tts, guard=not arguments.no_guard, **options)
     return saying.Speech(
         xtts=xtts,
         sentences=sentences,
@@ -124,6 +124,7 @@ def _speech(tts: Any, text: str, arguments: argparse.Namespace, options: PatchOp
         speed=arguments.speed,
         seed=arguments.seed,
         weights=weights,
+        guarded=not arguments.no_guard,
     )
 
 
@@ -189,6 +190,7 @@ def add_arguments(saying: argparse.ArgumentParser) -> None:
     saying.add_argument("--stream", action="store_true", help="write it as it is made; without -o, play it")
     saying.add_argument("--speed", type=_speed, default=1.0, help="0.25 to 4 (default: the voice's own, 1)")
     saying.add_argument("--restart", action="store_true", help="discard the sentences of a run that was stopped")
+    saying.add_argument("--no-guard", action="store_true", help="without the one against hallucinated tails")
     saying.add_argument("--json", action="store_true", help="say on standard output what was made, and when")
     saying.add_argument("-v", "--verbose", action="store_true", help="say what runs where")
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from tqdm import tqdm
 
 import neuron_xtts
 from neuron_xtts.coqui.constants import OUTPUT_RATE
@@ -29,8 +28,6 @@ from neuron_xtts.narration.text import Sentence
 from neuron_xtts.version import __version__
 from neuron_xtts.voice import Voice
 
-# In which rows that decode together change the last digits of each other, and with them bits of the audio.
-_INEXACT_TOGETHER = ("fp32",)
 # By which name the voice is among the model's speakers.
 _SPEAKER = "neuron-xtts say"
 
@@ -55,6 +52,7 @@ class Speech:
         speed: 1 is the voice's own.
         seed: of the first sentence; None: none was asked for.
         weights: what tells this model from others.
+        guarded: whether the model is guarded against tails.
     """
 
     xtts: Any
@@ -66,6 +64,7 @@ class Speech:
     speed: float
     seed: int | None
     weights: str
+    guarded: bool
 
     def manifest(self) -> dict[str, Any]:
         """All that decides how it sounds."""
@@ -78,28 +77,25 @@ class Speech:
             "weights": self.weights,
             "precision": self.precision,
             "backend": self.backend,
+            "guard": self.guarded,
             "speed": self.speed,
             "seed": self.seed,
             "versions": {name: version(name) for name in ("coqui-tts", "torch")} | {"neuron-xtts": __version__},
         }
 
-    def said(self, seed: int, begin: int = 0, *, exact: bool = False) -> Generator[Samples, None, None]:
-        """The samples of each sentence, without the silence around it.
+    def said(self, seed: int, begin: int = 0) -> Generator[Samples, None, None]:
+        """The samples of each sentence, many of which are said at once, without the silence around it.
 
         Args:
             seed: of the first of all sentences.
             begin: how many of them to leave out, from the first on.
-            exact: bit for bit what each is alone, for which some precisions say them one after another.
         """
         self.voice.add_to(self.xtts, _SPEAKER)
-        options: dict[str, Any] = {"speaker": _SPEAKER, "language": self.language, "speed": self.speed}
         texts = [sentence.text for sentence in self.sentences[begin:]]
-        if not (exact and self.precision in _INEXACT_TOGETHER):
-            for wav in neuron_xtts.speak_many(self.xtts, texts, seed=seed + begin, progress=True, **options):
-                yield np.asarray(wav, np.float32)
-            return
-        for number, text in enumerate(tqdm(texts, desc="speaking", unit="text"), start=begin):
-            (wav,) = neuron_xtts.speak_many(self.xtts, [text], seed=seed + number, progress=False, **options)
+        said = neuron_xtts.speak_many(
+            self.xtts, texts, seed=seed + begin, speaker=_SPEAKER, language=self.language, speed=self.speed
+        )
+        for wav in said:
             yield np.asarray(wav, np.float32)
 
 
@@ -173,7 +169,7 @@ def into_file(speech: Speech, path: Path, name: str, *, restart: bool = False) -
     if len(speech.sentences) == 1:
         said = Said(secrets.randbits(32) if speech.seed is None else speech.seed)
         with _timed(said):
-            parts = [to_int16(samples) for samples in speech.said(said.seed, exact=True)]
+            parts = [to_int16(samples) for samples in speech.said(said.seed)]
             said.made = len(parts[0])
             _finish(said, speech, path, name, parts, [len(parts[0])])
         return said
@@ -190,7 +186,7 @@ def _into_parts(speech: Speech, kept: Parts, path: Path, name: str, restart: boo
     said = Said(kept.begin(speech.manifest(), restart=restart)["seed"])
     with _timed(said):
         if len(kept) < len(speech.sentences):
-            with contextlib.closing(speech.said(said.seed, len(kept), exact=True)) as rest:
+            with contextlib.closing(speech.said(said.seed, len(kept))) as rest:
                 for samples in rest:
                     kept.add(to_int16(samples))
                     said.made += len(samples)
