@@ -23,7 +23,7 @@ _CSS = """
 .dark #problem {color: #fca5a5}
 #figures, #kept, #speaking, #download {min-height: 1.4em}
 #status {overflow-x: auto}
-#status table {border-collapse: collapse; border: none; margin: .5em 0; width: 100%}
+#status table {border-collapse: collapse; border: none !important; margin: .5em 0; width: 100%}
 #status th, #status td {text-align: left; padding: .2em .8em .2em 0; border: none; border-bottom: 1px solid #8884}
 """
 _RESULT = '<div id="problem" role="alert"></div><div id="figures" aria-live="polite"></div><div id="download"></div>'

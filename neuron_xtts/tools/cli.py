@@ -186,7 +186,8 @@ def _add_bench(subparsers: Subparsers) -> None:
         description="Measure patched against unpatched coqui-tts, in turns, in one process, with a known voice. "
         "sentence: seconds by stage in every precision, first audio, accuracy, memory. stream: time to first audio and "
         "time per chunk. methods: GPT.forward, vocoder and generation by themselves, mean and deviation. batch: many "
-        "callers at once, together and one by one. serve: the server beside the library. Full size takes half an hour on two cores, batch several hours. "
+        "callers at once, together and one by one. serve: the server beside the library. Full size takes half an hour "
+        "on two cores, batch several hours. "
         "device: on a Neuron device, all that a report of it needs: doctor, canary, compilation, verification, every "
         "graph by itself, sentences and streams.",
     )
