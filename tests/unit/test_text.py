@@ -1,14 +1,16 @@
 """Text as it is said: nothing is lost, everything fits, and it does not matter in which bits it arrives."""
 
+import itertools
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neuron_xtts.narration.text import Incoming, Reader, Sentence, cut
 
 WORDS = st.sampled_from(
-    ["Hello", "world.", "Dr.", "Smith", "3.5", "e.g.", '"Yes,"', "she", "said.", "(no)", "U.S.", "etc.", "***", "What?!",
-     "a" * 300, "well;", "so,", "…", "-", "1", "Größe", "\n", "\n\n", "\r\n\r\n", "[1]", "[note", "No.", "5"]
+    ["Hello", "world.", "Dr.", "Smith", "3.5", "e.g.", '"Yes,"', "she", "said.", "(no)", "U.S.", "etc.", "***",
+     "What?!", "a" * 300, "well;", "so,", "…", "-", "1", "Größe", "\n", "\n\n", "\r\n\r\n", "[1]", "[note", "No.", "5"]
 )  # fmt: skip
 TEXTS = st.lists(WORDS, min_size=1, max_size=40).map(" ".join)
 ANY = st.text(st.characters(codec="utf-8", exclude_characters="[]"), max_size=200)
@@ -28,6 +30,8 @@ def said(reader, text):
     return [*incoming.more(text), *incoming.rest()]
 
 
+@pytest.mark.slow
+@settings(max_examples=50, deadline=None)
 @given(text=TEXTS | ANY)
 def test_nothing_is_lost_and_everything_fits(reader, tts_original, text):
     sentences = said(reader, text)
@@ -38,15 +42,18 @@ def test_nothing_is_lost_and_everything_fits(reader, tts_original, text):
         assert alnum(sentence.text)
 
 
+@pytest.mark.slow
+@settings(max_examples=50, deadline=None)
 @given(text=TEXTS, cuts=st.lists(st.integers(0, 400), max_size=8))
 def test_bits_are_the_same_sentences(reader, text, cuts):
     places = [0, *sorted(min(place, len(text)) for place in cuts), len(text)]
     incoming, sentences = Incoming(reader), []
-    for start, end in zip(places, places[1:], strict=False):
+    for start, end in itertools.pairwise(places):
         sentences += incoming.more(text[start:end])
     assert [*sentences, *incoming.rest()] == said(reader, text)
 
 
+@settings(deadline=None)
 @given(text=ANY.map(str.strip), most=st.integers(1, 50))
 def test_pieces_of_a_sentence(text, most):
     pieces = list(cut(text, lambda piece: len(piece) <= most))
