@@ -158,7 +158,7 @@ class Incoming:
             return start
         # A word shows whether what looks like an end is one. Without a space, that word may itself go on: "3." "5".
         probe = "" if rest == rest.rstrip() else " And"
-        last = self._reader.segments(rest.rstrip() + probe)[-1]
+        last = self._reader.segments(" ".join(rest.split()) + probe)[-1]
         rest = rest.rstrip()  # what is behind may be half of an empty line
         return start + _index_of_last(rest, len(_letters(last)) - len(probe.strip()))
 

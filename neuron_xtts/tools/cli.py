@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"neuron-xtts: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        print(f"neuron-xtts: {stop or 'interrupted'}", file=sys.stderr)
+        print(f"neuron-xtts: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
 
 
