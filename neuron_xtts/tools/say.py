@@ -113,12 +113,13 @@ def _speech(tts: Any, text: str, arguments: argparse.Namespace, options: PatchOp
         )
     xtts = tts.synthesizer.tts_model
     weights = saying.weights_digest(xtts) if len(sentences) > 1 and not arguments.stream else ""
+    voice = _voice(tts, arguments, folder)  # before it is patched, as voices that are kept are made
     neuron_xtts.patch(tts, **options)
     return saying.Speech(
         xtts=xtts,
         sentences=sentences,
         language=reader.language,
-        voice=_voice(tts, arguments, folder),
+        voice=voice,
         precision=arguments.precision,
         backend=neuron_xtts.report(tts).backend or arguments.backend,
         speed=arguments.speed,
