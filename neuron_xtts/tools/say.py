@@ -113,12 +113,13 @@ def _speech(tts: Any, text: str, arguments: argparse.Namespace, options: PatchOp
         )
     xtts = tts.synthesizer.tts_model
     weights = saying.weights_digest(xtts) if len(sentences) > 1 and not arguments.stream else ""
+    voice = _voice(tts, arguments, folder)  # as it is without a patch: to the last digit
     neuron_xtts.patch(tts, guard=not arguments.no_guard, **options)
     return saying.Speech(
         xtts=xtts,
         sentences=sentences,
         language=reader.language,
-        voice=_voice(tts, arguments, folder),
+        voice=voice,
         precision=arguments.precision,
         backend=neuron_xtts.report(tts).backend or arguments.backend,
         speed=arguments.speed,

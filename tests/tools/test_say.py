@@ -62,6 +62,11 @@ def samples(path):
     return found
 
 
+def alike(found, expected):
+    """Whether samples are the same but for the last digits, which rows of fp32 that decode together change."""
+    return len(found) == len(expected) and np.abs(found.astype(int) - expected).max() <= 2
+
+
 def refused(capsys, status):
     assert status == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -73,7 +78,7 @@ def refused(capsys, status):
 def test_one_sentence_is_what_inference_says(run, loaded, miniature, tmp_path):
     import torch
 
-    assert run("Hello world.", "-o", tmp_path / "a.wav", "--seed", 3) == 0
+    assert run("Hello world.", "-o", tmp_path / "a.wav", "--seed", 3, "--no-guard") == 0
     xtts = loaded.synthesizer.tts_model
     voice = Voice.of(loaded, miniature / "f5.wav")
     torch.manual_seed(3)
@@ -104,7 +109,7 @@ def test_json_says_when_each_sentence_is_heard(run, capsys, tmp_path):
         assert np.abs(found[start:stop].astype(int)).max() > 1000
     # the seed that was drawn says the same again, sentence by sentence
     assert run("Good morning.", "-o", tmp_path / "b.wav", "--seed", said["seed"] + 1) == 0
-    assert np.array_equal(samples(tmp_path / "b.wav"), found[second:middle])
+    assert alike(samples(tmp_path / "b.wav"), found[second:middle])
 
 
 @pytest.mark.slow
@@ -116,7 +121,7 @@ def test_formats(run, tmp_path, name):
     assert run(TEXT, "-o", tmp_path / "b.wav", "--seed", 3) == 0
     expected = samples(tmp_path / "b.wav")
     if name == "pcm":
-        assert (tmp_path / "a.pcm").read_bytes() == expected.tobytes()
+        assert alike(np.fromfile(tmp_path / "a.pcm", np.int16), expected)
         return
     with av.open(str(tmp_path / f"a.{name}")) as file:
         rate = file.streams.audio[0].rate
@@ -231,7 +236,10 @@ def test_what_is_stopped_goes_on(process, run, tmp_path, precision):
     assert os.listdir(tmp_path) == ["a.wav"]
     with process(LONG, "-o", tmp_path / "b.wav", "--precision", precision, "--seed", str(seed)) as whole:
         assert whole.wait() == 0
-    assert out.read_bytes() == (tmp_path / "b.wav").read_bytes()
+    if precision == "int8":
+        assert out.read_bytes() == (tmp_path / "b.wav").read_bytes()
+    else:
+        assert alike(samples(out), samples(tmp_path / "b.wav"))
 
 
 @pytest.mark.slow
