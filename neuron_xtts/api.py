@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from neuron_xtts.buckets import BucketPlan
 from neuron_xtts.coqui.find import check_ready, check_versions, find_xtts
-from neuron_xtts.guard import Guard
 from neuron_xtts.options import QUEUE, VOICES, Options
 from neuron_xtts.precision import Precision
 from neuron_xtts.report import Report
@@ -32,7 +31,6 @@ def patch(
     strict: bool = False,
     voice_cache: int = VOICES,
     queue: int = QUEUE,
-    guard: bool | Guard = False,
 ) -> Model:
     """Route the expensive calls of a coqui-tts XTTS model to graphs. Undone by `unpatch`.
 
@@ -54,8 +52,6 @@ def patch(
         voice_cache: how many voices to remember, by the content of their recordings; 0 to compute each at every call.
         queue: how many calls of other threads may wait while as many rows decode as ``buckets.slots`` lets; one more
             raises `QueueFullError`.
-        guard: against hallucinated tails: a limit of codes for a text, another try where a sentence meets it, and no
-            silence at the end. A `Guard` says how; True is one with its own numbers.
 
     Returns:
         ``model``.
@@ -76,11 +72,8 @@ def patch(
         raise ValueError(f"voice_cache={voice_cache!r}; expected how many voices to remember, or 0 for none")
     if type(queue) is not int or queue < 0:
         raise ValueError(f"queue={queue!r}; expected how many calls may wait, or 0 for none")
-    if not isinstance(guard, (bool, Guard)):
-        raise ValueError(f"guard={guard!r}; expected True, False or a neuron_xtts.Guard")
     check_ready(xtts)
-    chosen = guard if isinstance(guard, Guard) else Guard() if guard else None
-    install(xtts, options, strict=strict, voice_cache=voice_cache, queue=queue, guard=chosen)
+    install(xtts, options, strict=strict, voice_cache=voice_cache, queue=queue)
     return model
 
 

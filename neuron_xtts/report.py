@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from neuron_xtts.guard import GuardCounts
 from neuron_xtts.locks import Lock
 from neuron_xtts.tables import Table, html, table
 from neuron_xtts.timeline import Timeline
@@ -186,7 +185,6 @@ class Report:
             the reason.
         over_host: why caches go by way of the host on Neuron, and do not move on the device; None if they do.
         copied: bytes of weights that graphs keep in the host's memory beside the model's own.
-        guard: what it did against hallucinated tails; None without one.
         gone: routes that are no longer installed, because the model replaced the modules they were on.
         timeline: what utterances were at, and when.
     """
@@ -202,7 +200,6 @@ class Report:
     over_host: str | None = None
     copied: int = 0
     gone: list[str] = field(default_factory=list)
-    guard: GuardCounts | None = None
     timeline: Timeline = field(default=Timeline(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -289,12 +286,6 @@ class Report:
         ]
         if runs:
             yield ("graph", "bucket", "runs", "seconds", "ms per run", "padding"), runs
-        if self.guard is not None:
-            g = self.guard
-            yield (
-                ("guard: capped", "drawn again", "which ended", "trimmed", "seconds"),
-                [(str(g.capped), str(g.retried), str(g.ended), str(g.trimmed), f"{g.seconds:.2f}")],
-            )
         if self.batch.steps.keys() - {1} or self.batch.waiting or self.batch.refused or self.batch.cancelled:
             steps = ", ".join(f"{count} of {rows}" for rows, count in sorted(self.batch.steps.items()))
             yield (

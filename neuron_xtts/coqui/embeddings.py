@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from neuron_xtts.coqui.constants import CONDITIONING_LATENTS
 from neuron_xtts.coqui.hooks import is_hooked
 from neuron_xtts.coqui.surface import Gpt, Positions
 
@@ -26,12 +25,6 @@ def embed_prefix(gpt: Gpt, cond_latents: Tensor, text_inputs: Tensor) -> Tensor:
     As ``GPT.compute_embeddings`` and the first step of ``GPT2InferenceModel.forward`` make them.
     """
     return torch.cat([cond_latents, embed_text(gpt, text_inputs), embed_start(gpt, len(text_inputs))], dim=1)
-
-
-def text_tokens(gpt: Gpt, positions: int) -> int:
-    """How many text tokens there are in a prefix of so many positions, as `embed_prefix` makes it."""
-    latents = CONDITIONING_LATENTS if gpt.use_perceiver_resampler else 1
-    return positions - latents - 3  # the start and stop tokens of the text, and the start code
 
 
 def embed_start(gpt: Gpt, rows: int) -> Tensor:

@@ -10,11 +10,9 @@ from typing import Any
 from torch.utils.weak import WeakIdKeyDictionary
 
 from neuron_xtts.backends.host.threads import end_team
-from neuron_xtts.coqui.constants import OUTPUT_RATE
 from neuron_xtts.coqui.recognise import make_graphs
 from neuron_xtts.coqui.surface import Networks, Xtts
 from neuron_xtts.decoding.scheduler import Scheduler
-from neuron_xtts.guard import Guard, Guarding
 from neuron_xtts.options import Options
 from neuron_xtts.patching.dispatch import Dispatcher
 from neuron_xtts.patching.engines import Engines
@@ -40,7 +38,6 @@ class Patch:
         strict: raise instead of falling back.
         voice_cache: how many voices to remember.
         queue: how many calls may wait for others.
-        guard: against hallucinated tails, if there is one.
         former: the patch that gives way.
     """
 
@@ -54,7 +51,6 @@ class Patch:
         strict: bool,
         voice_cache: int,
         queue: int,
-        guard: Guard | None = None,
         former: Patch | None = None,
     ) -> None:
         # Before anything is put in place, everything that may fail is done.
@@ -62,7 +58,6 @@ class Patch:
         self._networks = Networks.of(xtts)
         self._counters = RunCounters()
         self._recorder = Recorder()
-        self._guarding = None if guard is None else Guarding(guard, OUTPUT_RATE)
         turns = _turns.setdefault(xtts, AllTurns())
         runners = self._make_runners(options, turns)
         prefixes: Any = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
@@ -75,7 +70,6 @@ class Patch:
             "voices": {route.name: VoiceMemo(voice_cache) for route in ROUTES if route.kind is Kind.REMEMBERED},
             "listening": Listening(),
             "prefixes": prefixes,
-            "guarding": self._guarding,
         }
         schedulers: list[Scheduler] = []
         contexts = [Context(runner, Scheduler(runner, queue, schedulers), **shared) for runner in runners]
@@ -122,7 +116,7 @@ class Patch:
             engines=[context.runner.backend.where for context in engines.contexts],
             precision=backend.precision,
             buckets=backend.plan.to_dict(),
-            routes=self.dispatcher.counters.snapshot(route.name for route in ROUTES if route.kind.counted),
+            routes=self.dispatcher.counters.snapshot(route.name for route in ROUTES if route.kind is not Kind.NOTED),
             graphs=self._counters.snapshot(),
             batch=engines.counts(),
             missing=engines.missing(),
@@ -130,7 +124,6 @@ class Patch:
             copied=backend.copied,
             gone=self.gone(xtts),
             timeline=self._recorder.timeline(),
-            guard=None if self._guarding is None else self._guarding.counts(),
         )
 
     def remove(self) -> None:
@@ -164,9 +157,7 @@ def find_patch(xtts: Xtts) -> Patch | None:
     return None if reference is None else reference()
 
 
-def install(
-    xtts: Xtts, options: Options, *, strict: bool, voice_cache: int, queue: int, guard: Guard | None = None
-) -> None:
+def install(xtts: Xtts, options: Options, *, strict: bool, voice_cache: int, queue: int) -> None:
     """Patch a model, in place of a patch that it has; the arguments are those of `Patch`.
 
     Calls that begin meanwhile wait for the new patch: coqui-tts itself serves one thread. If it fails, there is none.
@@ -176,7 +167,7 @@ def install(
         try:
             if former:
                 former.make_way()  # before anything of the weights is converted anew
-            made = Patch(xtts, options, strict=strict, voice_cache=voice_cache, queue=queue, guard=guard, former=former)
+            made = Patch(xtts, options, strict=strict, voice_cache=voice_cache, queue=queue, former=former)
         except BaseException:
             remove(xtts)
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -15,14 +14,12 @@ from torch import Tensor, nn
 from neuron_xtts.coqui.surface import Xtts
 from neuron_xtts.decoding.scheduler import Scheduler
 from neuron_xtts.errors import Fallback
-from neuron_xtts.guard import Guarding
 from neuron_xtts.routes.listening import Listening
 from neuron_xtts.routes.memo import AudioMemo, LatentsMemo, VoiceMemo
 from neuron_xtts.runner import Runner
 from neuron_xtts.timeline import Phase
 
 Method = Callable[..., Any]
-DISABLE_VARIABLE = "NEURON_XTTS_DISABLE"
 Result = TypeVar("Result")
 
 # The attributes of an ``Xtts`` that hold what has routed methods, and what that is called; "" is the Xtts itself.
@@ -36,12 +33,6 @@ class Kind(Enum):
     STEPS = "an iterator, which is pulled one step at a time"
     REMEMBERED = "what identifies the result, which coqui-tts computes once"
     NOTED = "the method's own result, of which something is noted for another route"
-    FINISHED = "the method's own result, but for its end"
-
-    @property
-    def counted(self) -> bool:
-        """Whether a graph could have served it, so that reports have it."""
-        return self not in (Kind.NOTED, Kind.FINISHED)
 
 
 @dataclass(eq=False)
@@ -57,7 +48,6 @@ class Context:
         voices: by the name of the route that remembers them.
         listening: which stream a thread is at.
         prefixes: (B, P - 1, D) without the start code, by the ids (B, P) that stand for each.
-        guarding: against hallucinated tails; None: nothing is done about them.
     """
 
     runner: Runner
@@ -68,7 +58,6 @@ class Context:
     voices: dict[str, VoiceMemo]
     listening: Listening
     prefixes: MutableMapping[Tensor, Tensor | None]
-    guarding: Guarding | None
 
 
 @dataclass
@@ -83,11 +72,6 @@ def check_fp32(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
             raise Fallback(f"{name.replace('_', ' ')} of {tensor.dtype}")
-
-
-def disabled() -> bool:
-    """Whether the user turned every route off."""
-    return os.environ.get(DISABLE_VARIABLE, "") not in ("", "0")
 
 
 def anything(arguments: Mapping[str, Any]) -> None:
@@ -106,9 +90,8 @@ class Route:
     Attributes:
         owner: the attribute of the ``Xtts`` whose method it is, of `OWNERS`.
         method: its name.
-        call: ``call(context, *args, **kwargs)`` with the arguments of the method, of a remembered, noted or finished
-            result ``call(context, method, *args, **kwargs)``; raises `Fallback`, or anything else, if coqui-tts must
-            serve it.
+        call: ``call(context, *args, **kwargs)`` with the arguments of the method, of a remembered or noted result
+            ``call(context, method, *args, **kwargs)``; raises `Fallback`, or anything else, if coqui-tts must serve it.
         phase: what an utterance is at in it.
         kind: what ``call`` returns.
         own: ``own(context, method)`` is coqui-tts's method as a fallback calls it.

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_xtts.coqui.embeddings import embed_start, text_tokens
+from neuron_xtts.coqui.embeddings import embed_start
 from neuron_xtts.decoding.caller import caller
-from neuron_xtts.decoding.row import Row
 from neuron_xtts.decoding.sampling import Sampling
 from neuron_xtts.decoding.scheduler import Call, Step
 from neuron_xtts.errors import Fallback
 from neuron_xtts.routes.base import Context, Method, check_fp32
-from neuron_xtts.routes.generate import check, limited, start, within_limit
+from neuron_xtts.routes.generate import check, start
 from neuron_xtts.routes.listening import Listener
 from neuron_xtts.routes.seeds import drawing_from, generator_of
 from neuron_xtts.turns import now
@@ -51,19 +50,10 @@ def get_generator(
     check_fp32(a_prefix=prefix)
     # coqui-tts draws in a stream even if it was asked not to sample.
     prefix = torch.cat([prefix, embed_start(gpt, 1)], dim=1)
-    within = within_limit(context, sampling, text_tokens(gpt, prefix.shape[1]))
-    rows = start(context, replace(within, draws=True), prefix, generator_of(seed))
+    rows = start(context, replace(sampling, draws=True), prefix, generator_of(seed))
     listener = Listener(context.runner.turns, caller())
     call = Call(rows, prefix, context.runner.identity(), streamed=True, urgency=listener.urgency)
-    steps = context.scheduler.stream(call)
-    return context.listening.to(listener, steps if within is sampling else _counted(context, rows[0], steps))
-
-
-def _counted(context: Context, row: Row, steps: Iterator[Step]) -> Iterator[Step]:
-    """Steps, of which is counted if they met the limit of a guard. What was heard cannot be drawn once more."""
-    yield from steps
-    if not row.stopped and context.guarding is not None:
-        context.guarding.capped()
+    return context.listening.to(listener, context.scheduler.stream(call))
 
 
 def compute_embeddings(context: Context, method: Method, /, *args: Any, **kwargs: Any) -> Tensor:
@@ -92,7 +82,7 @@ def own_generator(context: Context, method: Method) -> Method:
 
     def call(fake_inputs: Tensor, *args: Any, seed: int | None = None, **kwargs: Any) -> Iterator[Step]:
         inference, prefix, generator = gpt.gpt_inference, prefix_of(context, fake_inputs), generator_of(seed)
-        steps = method(fake_inputs, *args, **limited(context, kwargs, text_tokens(gpt, fake_inputs.shape[1])))
+        steps = method(fake_inputs, *args, **kwargs)
 
         def run() -> Iterator[Step]:
             while True:
