@@ -22,7 +22,8 @@ from helpers import (
 )
 
 import neuron_xtts
-from neuron_xtts import BucketPlan, Guard
+from neuron_xtts import BucketPlan, Guard, QueueFullError
+from neuron_xtts.decoding.scheduler import Call, Scheduler
 from neuron_xtts.patching.dispatch import DISABLE_VARIABLE
 from neuron_xtts.report import GuardCounts
 from neuron_xtts.routes.tails import Tails
@@ -143,6 +144,36 @@ def test_a_cap_that_limits_nothing(xtts, voice):
     for extra in ({}, THEIRS):
         assert codes_of(speak(xtts, voice, TEXT, min_new_tokens=CAP + 5, **extra)[0]) == CAP + 5
     assert guard_of(xtts) == GuardCounts(capped=2, retried=2)
+
+
+def test_what_ends_early(xtts, voice):
+    """By a limit of the caller's that coqui-tts alone knows: that is no tail."""
+    stop_after(xtts, None)
+    neuron_xtts.patch(xtts, guard=SHORT)
+    assert codes_of(speak(xtts, voice, TEXT, max_time=1e-9)[0]) == 1
+    stream(xtts, voice, TEXT, max_time=1e-9)
+    assert fallbacks(xtts, "GPT.get_generator") == {"argument max_time": 1}
+    assert guard_of(xtts) == GuardCounts()
+
+
+def test_a_full_queue(xtts, voice, monkeypatch):
+    """Refuses no second attempt: what was begun is brought to its end."""
+    stop_after(xtts, None)
+    neuron_xtts.patch(xtts, strict=True, guard=SHORT, buckets=BucketPlan(slots=(1,)), queue=0)
+    run, other = Scheduler.run, xtts.inference_stream(text_of(60), "en", *voice, stream_chunk_size=4)
+
+    def crowded(self, call):
+        if guard_of(xtts).capped == 0 and neuron_xtts.report(xtts).batch.calls == 1:
+            next(other)
+            with pytest.raises(QueueFullError):
+                self._begin(Call(call.rows, call.prefix, call.identity))
+        return run(self, call)
+
+    monkeypatch.setattr(Scheduler, "run", crowded)
+    assert codes_of(speak(xtts, voice, TEXT)[0]) == CAP
+    assert guard_of(xtts) == GuardCounts(capped=1, retried=1)
+    assert neuron_xtts.report(xtts).batch.refused == 1
+    other.close()
 
 
 def test_the_second_ends_by_itself(xtts, voice, monkeypatch):
@@ -376,6 +407,24 @@ def test_a_stream_that_is_closed(xtts, voice):
     finally:
         gc.enable()
     assert guard_of(xtts) == GuardCounts()
+
+
+def test_a_stream_that_others_hold(xtts, voice):
+    """It is closed with the stream that the caller has, and not when it is collected."""
+    stop_after(xtts, None)
+    theirs, held = xtts.inference_stream, []
+
+    def inference_stream(*args, **kwargs):
+        held.append(theirs(*args, **kwargs))
+        return held[-1]
+
+    xtts.inference_stream = inference_stream
+    neuron_xtts.patch(xtts, strict=True, guard=True)
+    chunks = xtts.inference_stream(TEXT, "en", *voice)
+    next(chunks)
+    chunks.close()
+    assert next(held[0], None) is None
+    assert neuron_xtts.report(xtts).batch.decoding == 0
 
 
 def test_errors_pass(xtts, voice):

@@ -99,6 +99,15 @@ def test_nothing_to_cut_off(samples):
     assert ours.counters.snapshot() == GuardCounts()
 
 
+def test_what_is_no_number():
+    """Is no silence, and nothing that others are compared to."""
+    broken = np.full(BLOCK, np.nan, np.float32)
+    samples = np.concatenate([broken, noise([(5, -20), (20, -90)])])
+    assert len(tails(keep=0).trimmed(samples)) == 6 * BLOCK
+    samples = np.concatenate([samples, broken, noise([(3, -90)])])
+    assert len(tails(keep=0).trimmed(samples)) == 27 * BLOCK
+
+
 def test_no_trimming():
     samples = noise([(3, -20), (90, -90)])
     ours = Tails(Guard(trim=None))
