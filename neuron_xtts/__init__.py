@@ -13,6 +13,7 @@ from neuron_xtts.errors import (
     UnsupportedVersionError,
     VoiceError,
 )
+from neuron_xtts.guard import Guard
 from neuron_xtts.precision import Precision
 from neuron_xtts.report import Report
 from neuron_xtts.version import __version__
@@ -23,6 +24,7 @@ __all__ = [
     "BucketPlan",
     "FallbackError",
     "FrontendMissingError",
+    "Guard",
     "ModelNotReadyError",
     "NeuronMissingError",
     "NeuronXttsError",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from neuron_xtts.buckets import BucketPlan
 from neuron_xtts.coqui.find import check_ready, check_versions, find_xtts
+from neuron_xtts.guard import Guard
 from neuron_xtts.options import QUEUE, VOICES, Options
 from neuron_xtts.precision import Precision
 from neuron_xtts.report import Report
@@ -31,6 +32,7 @@ def patch(
     strict: bool = False,
     voice_cache: int = VOICES,
     queue: int = QUEUE,
+    guard: bool | Guard = False,
 ) -> Model:
     """Route the expensive calls of a coqui-tts XTTS model to graphs. Undone by `unpatch`.
 
@@ -52,12 +54,14 @@ def patch(
         voice_cache: how many voices to remember, by the content of their recordings; 0 to compute each at every call.
         queue: how many calls of other threads may wait while as many rows decode as ``buckets.slots`` lets; one more
             raises `QueueFullError`.
+        guard: keep speech from going on when all of a text has been said: ``True``, or a `Guard`, which has more to
+            say; ``False``: it ends where coqui-tts's would.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: ``model`` is something else.
+        TypeError: ``model`` is something else, or so is an option.
         ModelNotReadyError: no XTTS model is loaded in it.
         UnsupportedVersionError: coqui-tts, transformers or torch are of a version that is not supported.
         NeuronMissingError: ``backend="neuron"`` where Neuron's packages, its driver or a device are not there.
@@ -72,8 +76,9 @@ def patch(
         raise ValueError(f"voice_cache={voice_cache!r}; expected how many voices to remember, or 0 for none")
     if type(queue) is not int or queue < 0:
         raise ValueError(f"queue={queue!r}; expected how many calls may wait, or 0 for none")
+    guards = Guard.of(guard)
     check_ready(xtts)
-    install(xtts, options, strict=strict, voice_cache=voice_cache, queue=queue)
+    install(xtts, options, strict=strict, voice_cache=voice_cache, queue=queue, guard=guards)
     return model
 
 

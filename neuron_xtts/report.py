@@ -112,6 +112,51 @@ class BatchCounts:
         self.longest = max(self.longest, seconds)
 
 
+@dataclass
+class GuardCounts:
+    """What the guard against tails did.
+
+    Attributes:
+        capped: sentences that reached as many codes as the guard lets them have.
+        retried: those of them that were said once more.
+        ended: those of these that then ended by themselves.
+        trimmed: calls whose end was cut off.
+        seconds: that were cut off.
+    """
+
+    capped: int = 0
+    retried: int = 0
+    ended: int = 0
+    trimmed: int = 0
+    seconds: float = 0.0
+
+
+class GuardCounters:
+    """What the guard of one patched model did. Threads may count and read at the same time."""
+
+    def __init__(self) -> None:
+        self._counts = GuardCounts()
+        self._lock = Lock()  # reentrant: as of `CallCounters`
+
+    def capped(self, *, retried: bool = False, ended: bool = False) -> None:
+        """Count a sentence that reached its cap, whether it was said once more, and then ended by itself."""
+        with self._lock:
+            self._counts.capped += 1
+            self._counts.retried += retried
+            self._counts.ended += ended
+
+    def trimmed(self, seconds: float) -> None:
+        """Count a call whose end was cut off."""
+        with self._lock:
+            self._counts.trimmed += 1
+            self._counts.seconds += seconds
+
+    def snapshot(self) -> GuardCounts:
+        """A copy of the counts."""
+        with self._lock:
+            return copy.copy(self._counts)
+
+
 class CallCounters:
     """What became of the calls of one patched model, by route. Threads may count and read at the same time."""
 
@@ -181,6 +226,7 @@ class Report:
         routes: the counts of each route.
         graphs: the counts of each graph by bucket, such as ``graphs["decode"]["1x512"]``.
         batch: of the rows that decode together.
+        guard: what the guard against tails did; None if there is none.
         missing: graphs that cannot be had for this model, and buckets of others, such as ``decode 1x512``, each with
             the reason.
         over_host: why caches go by way of the host on Neuron, and do not move on the device; None if they do.
@@ -196,6 +242,7 @@ class Report:
     routes: dict[str, RouteCounts] = field(default_factory=dict)
     graphs: dict[str, dict[str, GraphCounts]] = field(default_factory=dict)
     batch: BatchCounts = field(default_factory=BatchCounts)
+    guard: GuardCounts | None = None
     missing: dict[str, str] = field(default_factory=dict)
     over_host: str | None = None
     copied: int = 0
@@ -286,6 +333,12 @@ class Report:
         ]
         if runs:
             yield ("graph", "bucket", "runs", "seconds", "ms per run", "padding"), runs
+        if self.guard is not None:
+            g = self.guard
+            yield (
+                ("guard: capped", "retried", "then ended", "trimmed", "seconds cut off"),
+                [(str(g.capped), str(g.retried), str(g.ended), str(g.trimmed), f"{g.seconds:.3f}")],
+            )
         if self.batch.steps.keys() - {1} or self.batch.waiting or self.batch.refused or self.batch.cancelled:
             steps = ", ".join(f"{count} of {rows}" for rows, count in sorted(self.batch.steps.items()))
             yield (

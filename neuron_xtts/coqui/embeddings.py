@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from neuron_xtts.coqui.constants import CONDITIONING_LATENTS
 from neuron_xtts.coqui.hooks import is_hooked
 from neuron_xtts.coqui.surface import Gpt, Positions
 
@@ -25,6 +26,11 @@ def embed_prefix(gpt: Gpt, cond_latents: Tensor, text_inputs: Tensor) -> Tensor:
     As ``GPT.compute_embeddings`` and the first step of ``GPT2InferenceModel.forward`` make them.
     """
     return torch.cat([cond_latents, embed_text(gpt, text_inputs), embed_start(gpt, len(text_inputs))], dim=1)
+
+
+def text_tokens(prefix_length: int) -> int:
+    """How many text tokens are in a prefix of so many positions, as `embed_prefix` makes them."""
+    return prefix_length - CONDITIONING_LATENTS - 3  # start and stop token, start code
 
 
 def embed_start(gpt: Gpt, rows: int) -> Tensor:

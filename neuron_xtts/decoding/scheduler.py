@@ -50,6 +50,7 @@ class Call:
         identity: of what it is to be computed with (`Runner.identity`).
         streamed: its steps are asked for one by one, and not made far ahead.
         with_cache: its rows' keys and values are wanted.
+        patient: it waits, however many others do, as of `Caller`.
         urgency: of its next step.
 
     Attributes:
@@ -65,6 +66,7 @@ class Call:
         *,
         streamed: bool = False,
         with_cache: bool = False,
+        patient: bool = False,
         urgency: Urgency = later,
     ) -> None:
         self.rows = rows
@@ -82,7 +84,7 @@ class Call:
         self.parked: list[Parked] = []
         self.error: BaseException | None = None
         self.begun = False  # it waits, or did
-        self.patient = False
+        self.patient = patient
         self.over = False  # nothing more will be computed
         self.given_up = False
         self.waited_for = False
@@ -200,7 +202,7 @@ class Scheduler:
         self._runner.buckets.choose(self._runner.decoder, len(call.rows), call.prefix.shape[1] + 1)
         with self._lock:
             call.utterance = self._runner.recorder.here.number
-            call.patient = caller().patient  # such waits for others, and takes no place of theirs
+            call.patient = call.patient or caller().patient  # such waits for others, and takes no place of theirs
             patient = sum(other.patient for scheduler in self._all for other in scheduler._queue)
             waiting = sum(max(scheduler._more, 0) for scheduler in self._all) - patient
             if self._more >= 0 and waiting >= self._most and not call.patient:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
@@ -25,12 +24,11 @@ from neuron_xtts.errors import Fallback, FallbackError, NotFinite, QueueFullErro
 from neuron_xtts.patching.engines import Engines, Place
 from neuron_xtts.recorder import Asked
 from neuron_xtts.report import CallCounters
-from neuron_xtts.routes.base import Context, HandedOver, Kind, Method, Route
+from neuron_xtts.routes.base import DISABLE_VARIABLE, Context, HandedOver, Kind, Method, Route, disabled
 from neuron_xtts.turns import AllTurns, Turns, now
 
 logger = logging.getLogger(__name__)
 
-DISABLE_VARIABLE = "NEURON_XTTS_DISABLE"
 _DISABLED = f"{DISABLE_VARIABLE} is set"
 
 Call = Callable[[], Any]
@@ -64,6 +62,7 @@ class Dispatcher:
             Kind.STEPS: self._steps,
             Kind.REMEMBERED: self._remembered,
             Kind.NOTED: self._noted,
+            Kind.FINISHED: self._finished,
         }
 
     def answer(self, route: Route, method: Method, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -86,7 +85,7 @@ class Dispatcher:
             if claim is None:
                 kwargs = {**kwargs, "seed": any_seed()}
         own = partial(route.own(self.engines.first, method), *args, **kwargs)
-        if route.kind in (Kind.REMEMBERED, Kind.NOTED):
+        if route.kind in (Kind.REMEMBERED, Kind.NOTED, Kind.FINISHED):
             ours = partial(route.call, self.engines.first, method, *args, **kwargs)
         else:
             ours = partial(_call, route, args, kwargs)
@@ -264,6 +263,10 @@ class Dispatcher:
         with self._turns.first.take(now):
             return method()
 
+    def _finished(self, route: Route, method: Call, own: Call, claim: None) -> object:
+        """What the method itself gives, finished; nothing is counted. What it calls takes turns of its own."""
+        return method()
+
     @staticmethod
     def _identify(key: Call) -> tuple[Hashable, str | None]:
         """What identifies a voice; or nothing, and why it cannot be said."""
@@ -338,8 +341,3 @@ def _call(route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any], contex
 
 class _FellBack(Exception):  # noqa: N818 - a signal inside the dispatcher
     """An attempt failed, was counted, and coqui-tts must serve the call."""
-
-
-def disabled() -> bool:
-    """Whether the user turned every route off."""
-    return os.environ.get(DISABLE_VARIABLE, "") not in ("", "0")

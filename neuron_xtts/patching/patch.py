@@ -13,6 +13,7 @@ from neuron_xtts.backends.host.threads import end_team
 from neuron_xtts.coqui.recognise import make_graphs
 from neuron_xtts.coqui.surface import Networks, Xtts
 from neuron_xtts.decoding.scheduler import Scheduler
+from neuron_xtts.guard import Guard
 from neuron_xtts.options import Options
 from neuron_xtts.patching.dispatch import Dispatcher
 from neuron_xtts.patching.engines import Engines
@@ -23,8 +24,12 @@ from neuron_xtts.routes import ROUTES
 from neuron_xtts.routes.base import Context, Kind
 from neuron_xtts.routes.listening import Listening
 from neuron_xtts.routes.memo import AudioMemo, LatentsMemo, VoiceMemo
+from neuron_xtts.routes.tails import Tails
 from neuron_xtts.runner import Runner
 from neuron_xtts.turns import AllTurns
+
+# Kinds of routes whose calls are counted: others only look on.
+_COUNTED = {Kind.WHOLE, Kind.STEPS, Kind.REMEMBERED}
 
 
 class Patch:
@@ -38,6 +43,7 @@ class Patch:
         strict: raise instead of falling back.
         voice_cache: how many voices to remember.
         queue: how many calls may wait for others.
+        guard: against tails, if there is to be one.
         former: the patch that gives way.
     """
 
@@ -51,10 +57,12 @@ class Patch:
         strict: bool,
         voice_cache: int,
         queue: int,
+        guard: Guard | None,
         former: Patch | None = None,
     ) -> None:
         # Before anything is put in place, everything that may fail is done.
-        self._installations = {route.name: Installation(route.module(xtts), route.method) for route in ROUTES}
+        routes = [route for route in ROUTES if guard is not None or route.kind is not Kind.FINISHED]
+        self._installations = {route.name: Installation(route.module(xtts), route.method) for route in routes}
         self._networks = Networks.of(xtts)
         self._counters = RunCounters()
         self._recorder = Recorder()
@@ -70,13 +78,17 @@ class Patch:
             "voices": {route.name: VoiceMemo(voice_cache) for route in ROUTES if route.kind is Kind.REMEMBERED},
             "listening": Listening(),
             "prefixes": prefixes,
+            "tails": Tails(guard) if guard else None,
         }
         schedulers: list[Scheduler] = []
         contexts = [Context(runner, Scheduler(runner, queue, schedulers), **shared) for runner in runners]
         self.dispatcher = Dispatcher(Engines(contexts, turns), strict=strict)
-        for route in ROUTES:
-            over = former._installations[route.name] if former else None
+        replaced = dict(former._installations) if former else {}
+        for route in routes:
+            over = replaced.pop(route.name, None)
             self._installations[route.name].install(partial(self.dispatcher.answer, route), owner=self, over=over)
+        for installation in replaced.values():  # of a guard that there is no more
+            installation.remove()
 
     def _make_runners(self, options: Options, turns: AllTurns) -> list[Runner]:
         """One for each core."""
@@ -111,14 +123,16 @@ class Patch:
     def report(self, xtts: Xtts) -> Report:
         """A snapshot of what became of the calls, and of the runs of graphs."""
         engines, backend = self.dispatcher.engines, self.runner.backend
+        tails = engines.first.tails
         return Report(
             backend=backend.name,
             engines=[context.runner.backend.where for context in engines.contexts],
             precision=backend.precision,
             buckets=backend.plan.to_dict(),
-            routes=self.dispatcher.counters.snapshot(route.name for route in ROUTES if route.kind is not Kind.NOTED),
+            routes=self.dispatcher.counters.snapshot(route.name for route in ROUTES if route.kind in _COUNTED),
             graphs=self._counters.snapshot(),
             batch=engines.counts(),
+            guard=tails.counters.snapshot() if tails else None,
             missing=engines.missing(),
             over_host=engines.over_host(),
             copied=backend.copied,
@@ -157,7 +171,7 @@ def find_patch(xtts: Xtts) -> Patch | None:
     return None if reference is None else reference()
 
 
-def install(xtts: Xtts, options: Options, *, strict: bool, voice_cache: int, queue: int) -> None:
+def install(xtts: Xtts, options: Options, *, strict: bool, voice_cache: int, queue: int, guard: Guard | None) -> None:
     """Patch a model, in place of a patch that it has; the arguments are those of `Patch`.
 
     Calls that begin meanwhile wait for the new patch: coqui-tts itself serves one thread. If it fails, there is none.
@@ -167,7 +181,8 @@ def install(xtts: Xtts, options: Options, *, strict: bool, voice_cache: int, que
         try:
             if former:
                 former.make_way()  # before anything of the weights is converted anew
-            made = Patch(xtts, options, strict=strict, voice_cache=voice_cache, queue=queue, former=former)
+            settings: dict[str, Any] = {"strict": strict, "voice_cache": voice_cache, "queue": queue, "guard": guard}
+            made = Patch(xtts, options, **settings, former=former)
         except BaseException:
             remove(xtts)
             raise

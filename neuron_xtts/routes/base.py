@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ from neuron_xtts.decoding.scheduler import Scheduler
 from neuron_xtts.errors import Fallback
 from neuron_xtts.routes.listening import Listening
 from neuron_xtts.routes.memo import AudioMemo, LatentsMemo, VoiceMemo
+from neuron_xtts.routes.tails import Tails
 from neuron_xtts.runner import Runner
 from neuron_xtts.timeline import Phase
 
 Method = Callable[..., Any]
 Result = TypeVar("Result")
+
+DISABLE_VARIABLE = "NEURON_XTTS_DISABLE"
 
 # The attributes of an ``Xtts`` that hold what has routed methods, and what that is called; "" is the Xtts itself.
 OWNERS = {"": "Xtts", "gpt": "GPT", "hifigan_decoder": "HifiDecoder"}
@@ -33,6 +37,7 @@ class Kind(Enum):
     STEPS = "an iterator, which is pulled one step at a time"
     REMEMBERED = "what identifies the result, which coqui-tts computes once"
     NOTED = "the method's own result, of which something is noted for another route"
+    FINISHED = "the method's own result, of which a tail is cut off; there only where there is a guard"
 
 
 @dataclass(eq=False)
@@ -48,6 +53,7 @@ class Context:
         voices: by the name of the route that remembers them.
         listening: which stream a thread is at.
         prefixes: (B, P - 1, D) without the start code, by the ids (B, P) that stand for each.
+        tails: what keeps the model from them; None without a guard.
     """
 
     runner: Runner
@@ -58,6 +64,12 @@ class Context:
     voices: dict[str, VoiceMemo]
     listening: Listening
     prefixes: MutableMapping[Tensor, Tensor | None]
+    tails: Tails | None
+
+    @property
+    def guard(self) -> Tails | None:
+        """What keeps the model from tails now: nothing while the user has turned every route off."""
+        return None if self.tails is None or disabled() else self.tails
 
 
 @dataclass
@@ -65,6 +77,11 @@ class HandedOver(Generic[Result]):
     """A result that was already there. A route returns it in place of the result itself, so that it is counted."""
 
     result: Result
+
+
+def disabled() -> bool:
+    """Whether the user turned every route off."""
+    return os.environ.get(DISABLE_VARIABLE, "") not in ("", "0")
 
 
 def check_fp32(**tensors: Tensor) -> None:
@@ -90,8 +107,9 @@ class Route:
     Attributes:
         owner: the attribute of the ``Xtts`` whose method it is, of `OWNERS`.
         method: its name.
-        call: ``call(context, *args, **kwargs)`` with the arguments of the method, of a remembered or noted result
-            ``call(context, method, *args, **kwargs)``; raises `Fallback`, or anything else, if coqui-tts must serve it.
+        call: ``call(context, *args, **kwargs)`` with the arguments of the method; of a remembered, noted or finished
+            result ``call(context, method, *args, **kwargs)``. Raises `Fallback`, or anything else, if coqui-tts must
+            serve it.
         phase: what an utterance is at in it.
         kind: what ``call`` returns.
         own: ``own(context, method)`` is coqui-tts's method as a fallback calls it.

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_xtts.coqui.embeddings import embed_start
+from neuron_xtts.coqui.embeddings import embed_start, text_tokens
 from neuron_xtts.decoding.caller import caller
 from neuron_xtts.decoding.sampling import Sampling
 from neuron_xtts.decoding.scheduler import Call, Step
 from neuron_xtts.errors import Fallback
 from neuron_xtts.routes.base import Context, Method, check_fp32
-from neuron_xtts.routes.generate import check, start
+from neuron_xtts.routes.generate import cap, check, own_cap, start
 from neuron_xtts.routes.listening import Listener
 from neuron_xtts.routes.seeds import drawing_from, generator_of
 from neuron_xtts.turns import now
@@ -50,10 +50,25 @@ def get_generator(
     check_fp32(a_prefix=prefix)
     # coqui-tts draws in a stream even if it was asked not to sample.
     prefix = torch.cat([prefix, embed_start(gpt, 1)], dim=1)
-    rows = start(context, replace(sampling, draws=True), prefix, generator_of(seed))
+    capped = cap(context, sampling, text_tokens(fake_inputs.shape[1]))
+    rows = start(context, replace(capped, draws=True), prefix, generator_of(seed))
     listener = Listener(context.runner.turns, caller())
     call = Call(rows, prefix, context.runner.identity(), streamed=True, urgency=listener.urgency)
-    return context.listening.to(listener, context.scheduler.stream(call))
+    steps = context.scheduler.stream(call)
+    if capped is not sampling:
+        steps = _counted(context, steps, capped.max_new_tokens)
+    return context.listening.to(listener, steps)
+
+
+def _counted(context: Context, steps: Iterator[Step], most: int) -> Iterator[Step]:
+    """The steps of a stream, which is counted if it ends at ``most`` of them: what was heard cannot be said again."""
+    made, code = 0, None
+    for code, latents in steps:
+        made += 1
+        yield code, latents
+    stopped = code is not None and bool((code == context.runner.networks.gpt.stop_audio_token).all())
+    if made == most and not stopped and context.tails is not None:
+        context.tails.counters.capped()
 
 
 def compute_embeddings(context: Context, method: Method, /, *args: Any, **kwargs: Any) -> Tensor:
@@ -82,7 +97,11 @@ def own_generator(context: Context, method: Method) -> Method:
 
     def call(fake_inputs: Tensor, *args: Any, seed: int | None = None, **kwargs: Any) -> Iterator[Step]:
         inference, prefix, generator = gpt.gpt_inference, prefix_of(context, fake_inputs), generator_of(seed)
-        steps = method(fake_inputs, *args, **kwargs)
+        most = own_cap(context, text_tokens(fake_inputs.shape[1]), kwargs)
+        if most is None:
+            steps = method(fake_inputs, *args, **kwargs)
+        else:
+            steps = _counted(context, method(fake_inputs, *args, **(kwargs | {"max_new_tokens": most})), most)
 
         def run() -> Iterator[Step]:
             while True:

@@ -198,8 +198,6 @@ ROUTES = [
     "GPT.get_generator",
     "Xtts.get_conditioning_latents",
     "Xtts.get_speaker_embedding",
-    "Xtts.inference",
-    "Xtts.inference_stream",
 ]
 
 
