@@ -18,6 +18,7 @@ import neuron_xtts
 from neuron_xtts.voice import Voice, VoiceFolder
 
 pytestmark = pytest.mark.slow
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is to be asked of anybody
 ray = pytest.importorskip("ray")
 
 SHORT = BODY | {"input": "the band plays."}
@@ -37,7 +38,9 @@ def url(miniature, miniature_tts, tmp_path_factory):
         port = probe.getsockname()[1]
     paths = os.pathsep.join([str(miniature.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {"env_vars": {"PYTHONPATH": paths, "OMP_WAIT_POLICY": "PASSIVE"}}
-    ray.init(num_cpus=4, include_dashboard=False, runtime_env=environment, log_to_driver=False)
+    ray.init(
+        num_cpus=4, include_dashboard=False, runtime_env=environment, log_to_driver=False, object_store_memory=10**8
+    )
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     cluster = Cluster(checkpoint=miniature, voices=folder.root, replicas=2, cpus=2, requests=6, waiting=12)
     serve.run(app(cluster))
