@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import TTS.api
 from nbclient import NotebookClient
-from neuron_xtts.tools.recordings import write_reference
+from neuron_xtts.coqui.recordings import write_reference
 
 import neuron_xtts
 from neuron_xtts.coqui.models import DOWNLOADED, random_tts
