@@ -80,8 +80,7 @@ class Session:
         self._config = Config(type="session.config")
         self._incoming: Incoming | None = None
         self._sentences: asyncio.Queue[Sentence | None] = asyncio.Queue(_BACKLOG)
-        self._speaking: asyncio.Task[None] | None = None
-        self._characters = 0
+        self._speaking: asyncio.Task[tuple[int, int]] | None = None
         self._utterances = 0
 
     async def run(self) -> None:
@@ -159,7 +158,6 @@ class Session:
 
     async def _hear(self, text: str) -> None:
         text = whole(text)
-        self._characters += len(text)
         if self._incoming is None:
             self._incoming = Incoming(self._studio.reader(self._config.language))
         try:
@@ -176,25 +174,25 @@ class Session:
             putting = asyncio.create_task(self._sentences.put(sentence))
             await asyncio.wait({putting, self._speaking}, return_when=asyncio.FIRST_COMPLETED)
             putting.cancel()
-            if self._speaking.done():
-                self._spoken()
+            if self._speaking.done():  # by an error
                 return
 
     async def _done(self) -> None:
         rest = await asyncio.to_thread(self._incoming.rest) if self._incoming is not None else []
         self._incoming = None
         await self._put(*rest, None)
-        if self._speaking is not None:
-            await self._until_spoken(self._speaking)
+        said, codes = await self._until_spoken()
+        # From here, so that what the client sends next is what is read next.
+        await self._say("session.done", self._utterances, total_sentences=said, output_tokens=codes)
         self._utterances += 1
-        self._characters = 0
 
-    async def _until_spoken(self, speaking: asyncio.Task[None]) -> None:
-        """Meanwhile the client may close, or go."""
-        while not speaking.done():
+    async def _until_spoken(self) -> tuple[int, int]:
+        """Sentences and codes of what was said. Meanwhile the client may close, or go."""
+        assert self._speaking is not None
+        while not self._speaking.done():
             receiving = asyncio.create_task(self._socket.receive_text())
             try:
-                await asyncio.wait({receiving, speaking}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({receiving, self._speaking}, return_when=asyncio.FIRST_COMPLETED)
                 if receiving.done():
                     message = await self._parse(receiving)
                     if message.get("type") == "session.close":
@@ -202,16 +200,16 @@ class Session:
                     await self._say_error(ApiError(400, "A message before session.done", code="not_done"))
             finally:
                 receiving.cancel()
-        self._spoken()
+        return self._spoken()
 
-    def _spoken(self) -> None:
-        """What was being spoken is over; raises what ended it."""
+    def _spoken(self) -> tuple[int, int]:
+        """Sentences and codes of what was said, which is over; raises what ended it."""
         speaking, self._speaking = self._speaking, None
-        if speaking is not None:
-            speaking.result()
+        assert speaking is not None
+        return speaking.result()
 
-    async def _speak(self, sentences: asyncio.Queue[Sentence | None], utterance: int) -> None:
-        """Say what comes, until the client has said all."""
+    async def _speak(self, sentences: asyncio.Queue[Sentence | None], utterance: int) -> tuple[int, int]:
+        """Say what comes, until the client has said all; returns how many sentences, and codes."""
         began = time.monotonic()
         config = self._config
         with self._studio.admitted():
@@ -246,8 +244,7 @@ class Session:
                             sent = bytearray()
             finally:
                 self._metrics.spoken(narration, time.monotonic() - began)
-        codes = narration.codes
-        await self._say("session.done", utterance, total_sentences=len(narration.spans), output_tokens=codes)
+        return len(narration.spans), narration.codes
 
     async def _say(self, kind: str, utterance: int, sentence: int | None = None, **more: Any) -> None:
         numbers: dict[str, Any] = {"utterance_index": utterance}

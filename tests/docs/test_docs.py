@@ -25,10 +25,10 @@ import numpy as np
 import pytest
 import TTS.api
 from nbclient import NotebookClient
-from neuron_xtts.coqui.recordings import write_reference
 
 import neuron_xtts
 from neuron_xtts.coqui.models import DOWNLOADED, random_tts
+from neuron_xtts.coqui.recordings import write_reference
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

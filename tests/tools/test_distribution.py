@@ -103,7 +103,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(distribution):
     info = {name for name in names if name.startswith(f"neuron_xtts-{neuron_xtts.__version__}.dist-info/")}
     package = files("neuron_xtts")
     assert {"neuron_xtts/__init__.py", "neuron_xtts/py.typed"} < package
-    assert {Path(name).suffix for name in package} == {".py", ".typed"}
+    assert {Path(name).suffix for name in package} == {".py", ".typed", ".js"}
     assert names - info == package
     assert {Path(name).name for name in info} >= {"METADATA", "RECORD", "LICENSE", "entry_points.txt"}
 
