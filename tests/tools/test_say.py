@@ -241,7 +241,7 @@ def test_what_is_stopped_goes_on(process, run, tmp_path, precision):
         assert whole.wait() == 0
     found, expected = (samples(path).astype(float) for path in (out, tmp_path / "b.wav"))
     assert len(found) == len(expected)  # the same codes; other company rounds otherwise
-    assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
+    assert np.linalg.norm(found - expected) < 0.1 * np.linalg.norm(expected)
 
 
 @pytest.mark.slow
