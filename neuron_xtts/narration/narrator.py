@@ -106,11 +106,12 @@ class Narration:
         """
         upcoming = asyncio.create_task(self._begin())
         try:
-            while (speech := await upcoming) is not None:
+            while (begun := await upcoming) is not None:
+                speech, first = begun
                 number, before = len(self.spans), silence(speech.sentence.before)
                 self.spans.append(Span(speech.sentence.text, self.seconds + len(before) / OUTPUT_RATE, 0.0))
                 upcoming = asyncio.create_task(self._begin())
-                yield self._given(np.concatenate([before, speech.first]), number, begins=True)
+                yield self._given(np.concatenate([before, first]), number, begins=True)
                 while (samples := await speech.more()) is not None:
                     yield self._given(samples, number)
                 self.spans[-1].end = self.seconds
@@ -118,12 +119,9 @@ class Narration:
                     self._begun[-1].on_behalf.due = self._runs_out()
                 yield self._given(silence(speech.sentence.after), number, ends=True)
         finally:
-            upcoming.cancel()
-            await asyncio.wait([upcoming])
-            if not upcoming.cancelled():
-                upcoming.exception()  # looked at, or asyncio would complain
-            for begun in self._begun:
-                await begun.close()
+            await end(upcoming)
+            for each in self._begun:
+                await each.close()
 
     def _given(self, samples: Samples, number: int, begins: bool = False, ends: bool = False) -> Chunk:
         if self._started is None:
@@ -135,8 +133,8 @@ class Narration:
         """When whoever hears it has heard all, if playing began with the first piece."""
         return (self._started or time.monotonic()) + self.seconds
 
-    async def _begin(self) -> _Speech | None:
-        """The next sentence, as soon as some of it is there; None if there is no more."""
+    async def _begin(self) -> tuple[_Speech, Samples] | None:
+        """The next sentence and its first piece, as soon as that is there; None if there is no more."""
         sentence = await anext(self._sentences, None)
         if sentence is None:
             return None
@@ -152,8 +150,8 @@ class Narration:
         chunks = aio.stream_for(on_behalf, self._model, sentence.text, language=self._language, **options)
         speech = _Speech(sentence, on_behalf, chunks)
         self._begun.append(speech)
-        await speech.begin()
-        return speech
+        first = await speech.more()
+        return speech, np.zeros(0, np.float32) if first is None else first
 
 
 class _Speech:
@@ -162,14 +160,7 @@ class _Speech:
     def __init__(self, sentence: Sentence, on_behalf: Caller, chunks: AsyncGenerator[Any, None]) -> None:
         self.sentence = sentence
         self.on_behalf = on_behalf
-        self.first = np.zeros(0, np.float32)
         self._chunks = chunks
-
-    async def begin(self) -> None:
-        """Make the first piece."""
-        first = await self.more()
-        if first is not None:
-            self.first = first
 
     async def more(self) -> Samples | None:
         """The next piece; None if there is no more."""
@@ -178,6 +169,16 @@ class _Speech:
 
     async def close(self) -> None:
         await self._chunks.aclose()
+
+
+async def end(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel what still runs, and wait until it is over."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # looked at, or asyncio would complain
 
 
 def silence(seconds: float) -> Samples:

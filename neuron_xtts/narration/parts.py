@@ -36,6 +36,7 @@ class Parts:
     def __init__(self, file: Path) -> None:
         self.folder = file.with_name(f"{file.name}.parts")
         self._lock = FileLock(self.folder / _LOCK, timeout=0)
+        self._found = 0  # sentences, at least
 
     def __enter__(self) -> Parts:
         self.folder.mkdir(exist_ok=True)
@@ -100,10 +101,9 @@ class Parts:
 
     def __len__(self) -> int:
         """How many sentences there are, from the first on."""
-        number = 0
-        while self._sentence(number).is_file():
-            number += 1
-        return number
+        while self._sentence(self._found).is_file():
+            self._found += 1
+        return self._found
 
     def __iter__(self) -> Iterator[Pcm]:
         """The samples of each, in order, one sentence in memory at a time."""
@@ -127,6 +127,7 @@ class Parts:
 
     def _clear(self) -> None:
         """Delete the speech; what says what its sentences are goes last."""
+        self._found = 0
         for pattern in (f"*{_HALF}", f"*{_SUFFIX}", _MANIFEST):
             for path in self.folder.glob(pattern):
                 path.unlink()

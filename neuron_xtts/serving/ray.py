@@ -93,19 +93,12 @@ def replica(start: Start, cpus: int) -> ASGIApp:
     """The application in one replica, which has spoken before anybody is sent to it."""
     torch.set_num_threads(cpus)  # whatever OMP_NUM_THREADS the cluster was started with
     made = start.make()
-    failed: list[BaseException] = []
-
-    def warm_up() -> None:
-        try:
-            asyncio.run(made.state.studio.warm_up())
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=warm_up)  # this one has a loop already
+    studio = made.state.studio
+    thread = threading.Thread(target=lambda: asyncio.run(studio.warm_up()))  # this one has a loop already
     thread.start()
     thread.join()
-    if failed or not made.state.studio.ready:
-        raise RuntimeError("the replica cannot speak: its log says why") from (failed[0] if failed else None)
+    if not studio.ready:
+        raise RuntimeError("the replica cannot speak: its log says why")
     return _Named(made, serve.get_replica_context().replica_id.unique_id)
 
 

@@ -8,7 +8,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from neuron_xtts.coqui.constants import OUTPUT_RATE
 from neuron_xtts.narration.encoding import Encoder, check_format
-from neuron_xtts.narration.narrator import Chunk, Narration
+from neuron_xtts.narration.narrator import Chunk, Narration, end
 from neuron_xtts.narration.text import Reader, Sentence
 from neuron_xtts.serving.errors import ApiError, as_api_error
 from neuron_xtts.serving.metrics import Metrics
@@ -112,19 +112,18 @@ class Utterance:
                 raise ApiError(499, "The client has gone", code="client_gone")
             self._first = first.result()
         finally:
-            await _end(gone, first)
+            await end(gone, first)
         self._metrics.first_audio.observe(time.monotonic() - self._began)
 
-    async def encoded(self) -> AsyncGenerator[tuple[Chunk, bytes], None]:
-        """Every piece, and what can be sent of it; the last is what ends a file, beside an empty piece."""
+    async def encoded(self) -> AsyncGenerator[bytes, None]:
+        """What can be sent of every piece, and what ends a file."""
         assert self._chunks is not None
         assert self._first is not None
         encoder = self._encoder = Encoder(self._name, OUTPUT_RATE)
-        chunk = self._first
-        yield chunk, encoder.encode(chunk.samples)
+        yield encoder.encode(self._first.samples)
         async for chunk in self._chunks:
-            yield chunk, encoder.encode(chunk.samples)
-        yield Chunk(chunk.samples[:0], chunk.sentence), encoder.finish()
+            yield encoder.encode(chunk.samples)
+        yield encoder.finish()
 
     async def close(self) -> None:
         """Nothing more of it is wanted. May be called again."""
@@ -141,7 +140,7 @@ class Utterance:
 class Streamed(Response):
     """An answer that is sent as it is made. A client that goes ends it, whether or not something is being sent."""
 
-    def __init__(self, utterance: Utterance, body: AsyncIterator[bytes], media_type: str) -> None:
+    def __init__(self, utterance: Utterance, body: AsyncGenerator[bytes, None], media_type: str) -> None:
         self._utterance = utterance
         self._body = body
         self.status_code = 200
@@ -158,7 +157,7 @@ class Streamed(Response):
             await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             left = not sending.done()
-            await _end(gone, sending)
+            await end(gone, sending)
         if not left:
             sending.result()
 
@@ -170,7 +169,7 @@ class Streamed(Response):
                     await send({"type": "http.response.body", "body": part, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            await self._body.aclose()  # type: ignore[attr-defined]
+            await self._body.aclose()
             await self._utterance.close()
 
 
@@ -208,20 +207,14 @@ async def speak(
         raise
     if sse:
         return Streamed(utterance, _events(utterance), "text/event-stream")
-    return Streamed(utterance, _audio(utterance), utterance.format.media_type)
-
-
-async def _audio(utterance: Utterance) -> AsyncGenerator[bytes, None]:
-    async with contextlib.aclosing(utterance.encoded()) as pieces:
-        async for _, data in pieces:
-            yield data
+    return Streamed(utterance, utterance.encoded(), utterance.format.media_type)
 
 
 async def _events(utterance: Utterance) -> AsyncGenerator[bytes, None]:
     """OpenAI's events. The last one also says when which sentence is heard."""
     try:
         async with contextlib.aclosing(utterance.encoded()) as pieces:
-            async for _, data in pieces:
+            async for data in pieces:
                 if data:
                     yield event({"type": "speech.audio.delta", "audio": base64.b64encode(data).decode()})
     except Exception as error:
@@ -255,13 +248,3 @@ def router(studio: Studio, metrics: Metrics) -> APIRouter:
 def whole(text: str) -> str:
     """Text whose characters are whole: JSON may hold halves, which no tokenizer takes."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-async def _end(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel what still runs, and wait until it is over."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)
-    for task in tasks:
-        if not task.cancelled():
-            task.exception()  # looked at, or asyncio would complain

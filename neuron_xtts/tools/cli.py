@@ -78,7 +78,7 @@ def _add_say(subparsers: Subparsers) -> None:
         epilog=say.EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    saying.set_defaults(run=lambda arguments: say.run_say(arguments, commands._patch_options(arguments)))
+    saying.set_defaults(run=say.run_say)
     say.add_arguments(saying)
     saying.add_argument("--seed", type=seed, help="of the first sentence; each further one has one more (default: any)")
     add_plan(saying)
@@ -94,7 +94,7 @@ def _add_serve(subparsers: Subparsers) -> None:
         epilog="examples:\n  neuron-xtts serve\n  neuron-xtts serve --precision int8 --alias alloy=ann",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    serving.set_defaults(run=lambda arguments: serve.run_serve(arguments, commands._patch_options(arguments)))
+    serving.set_defaults(run=serve.run_serve)
     serve.add_arguments(serving)
     add_model(serving)
     add_plan(serving)

@@ -33,7 +33,7 @@ from neuron_xtts.tools.judge.gates import Gate
 
 def run_demo(arguments: argparse.Namespace) -> int:
     """Speak one sentence with plain coqui-tts and patched."""
-    _quieten()
+    quieten()
     parts = demo.run(
         arguments.out,
         small=arguments.small,
@@ -43,7 +43,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
         language=arguments.language,
         codes=arguments.codes,
         seed=arguments.seed,
-        **_patch_options(arguments),
+        **patch_options(arguments),
     )
     for part in parts:
         print(part, end="\n\n", flush=True)
@@ -52,8 +52,8 @@ def run_demo(arguments: argparse.Namespace) -> int:
 
 def run_bench(arguments: argparse.Namespace) -> int:
     """Measure patched against unpatched coqui-tts."""
-    _quieten()
-    _check_files(arguments.json, arguments.markdown, arguments.png)
+    quieten()
+    check_files(arguments.json, arguments.markdown, arguments.png)
     results = _measure(arguments)
     _write(results, arguments)
     if arguments.png:
@@ -63,7 +63,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
 
 
 def _measure(arguments: argparse.Namespace) -> Benchmark:
-    options = _patch_options(arguments)
+    options = patch_options(arguments)
     subject = Subject(arguments.checkpoint, arguments.small, arguments.speaker_wav)
     texts = _texts(arguments.texts) if arguments.texts else ()
     on_host = Options.make(**options, to_run=True).neuron is None
@@ -135,11 +135,11 @@ def _measure(arguments: argparse.Namespace) -> Benchmark:
 
 def run_judge(arguments: argparse.Namespace) -> int:
     """Judge speech; the status is 1 if a gate failed."""
-    _quieten()
-    _check_files(arguments.json, arguments.markdown)
+    quieten()
+    check_files(arguments.json, arguments.markdown)
     if arguments.audio:
         _check_folder(arguments.audio)
-    options = _patch_options(arguments)
+    options = patch_options(arguments)
     on_host = Options.make(**options, to_run=True).neuron is None
     judge = Judge(
         texts=_texts(arguments.texts)[: arguments.limit],
@@ -176,7 +176,7 @@ def _texts(path: Path) -> list[str]:
     return texts
 
 
-def _check_files(*files: Path | None) -> None:
+def check_files(*files: Path | None) -> None:
     """Raise, before hours have gone by, if results could not be written.
 
     Raises:
@@ -324,7 +324,8 @@ def _precision(arguments: argparse.Namespace) -> Precision:
     return Precision(arguments.precision, dict(arguments.compiler_args))
 
 
-def _patch_options(arguments: argparse.Namespace) -> PatchOptions:
+def patch_options(arguments: argparse.Namespace) -> PatchOptions:
+    """The options of `neuron_xtts.patch` that arguments name."""
     return {
         "backend": arguments.backend,
         "precision": _precision(arguments),
@@ -333,7 +334,7 @@ def _patch_options(arguments: argparse.Namespace) -> PatchOptions:
     }
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Keep transformers from saying something for every max_new_tokens, which would break the progress bars."""
     import transformers
 

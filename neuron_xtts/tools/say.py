@@ -31,8 +31,9 @@ EPILOG = """examples:
   fortune | neuron-xtts say --voice ann -o - --format opus | ssh host mpv -"""
 
 
-def run_say(arguments: argparse.Namespace, options: PatchOptions) -> int:
+def run_say(arguments: argparse.Namespace) -> int:
     """Say a text."""
+    commands.quieten()
     name = _check(arguments)
     text = _text(arguments)
     if arguments.verbose:
@@ -40,7 +41,7 @@ def run_say(arguments: argparse.Namespace, options: PatchOptions) -> int:
     out = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # where coqui-tts asks for its licence
         tts = load_or_download(arguments.checkpoint)
-        speech = _speech(tts, text, arguments, options)
+        speech = _speech(tts, text, arguments, commands.patch_options(arguments))
         said = _say(speech, name, arguments, out)
         if arguments.verbose:
             print(neuron_xtts.report(tts))
@@ -69,7 +70,7 @@ def _check(arguments: argparse.Namespace) -> str:
     name: str = arguments.format or _ENDINGS.get(ending, ending) or "wav"
     check_format(name)
     if _is_file(out):
-        commands._check_files(out)
+        commands.check_files(out)
     return name
 
 

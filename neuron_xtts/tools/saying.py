@@ -83,6 +83,10 @@ class Speech:
             "versions": {name: version(name) for name in ("coqui-tts", "torch")} | {"neuron-xtts": __version__},
         }
 
+    def begun(self) -> Said:
+        """What is said, with nothing of it said yet, and a seed that is drawn if none was asked for."""
+        return Said(secrets.randbits(32) if self.seed is None else self.seed)
+
     def said(self, seed: int, begin: int = 0) -> Generator[Samples, None, None]:
         """The samples of each sentence, many of which are said at once, without the silence around it.
 
@@ -167,7 +171,7 @@ def into_file(speech: Speech, path: Path, name: str, *, restart: bool = False) -
         KeyboardInterrupt: somebody interrupted it; what it says is how to go on.
     """
     if len(speech.sentences) == 1:
-        said = Said(secrets.randbits(32) if speech.seed is None else speech.seed)
+        said = speech.begun()
         with _timed(said):
             parts = [to_int16(samples) for samples in speech.said(said.seed)]
             said.made = len(parts[0])
@@ -202,7 +206,7 @@ def _finish(said: Said, speech: Speech, path: Path, name: str, parts: Any, lengt
 
 def into_pipe(speech: Speech, file: IO[bytes], name: str) -> Said:
     """Say sentences into what cannot be named again, each as soon as it is said."""
-    said, sink = Said(secrets.randbits(32) if speech.seed is None else speech.seed), Sink(file, name)
+    said, sink = speech.begun(), Sink(file, name)
     lengths = []
     with _timed(said):
         for sentence, samples in zip(speech.sentences, speech.said(said.seed), strict=True):
@@ -217,7 +221,7 @@ def into_pipe(speech: Speech, file: IO[bytes], name: str) -> Said:
 
 def as_it_is_made(speech: Speech, file: IO[bytes], name: str) -> Said:
     """Say sentences chunk by chunk, each written as soon as it is made."""
-    said, sink = Said(secrets.randbits(32) if speech.seed is None else speech.seed), Sink(file, name)
+    said, sink = speech.begun(), Sink(file, name)
     options: dict[str, Any] = {"language": speech.language, "speed": speech.speed, **speech.voice.arguments}
     narration = Narration(speech.xtts, speech.sentences, seed=said.seed, **options)
     with _timed(said):

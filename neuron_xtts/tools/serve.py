@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from neuron_xtts.errors import ExtraMissingError
 from neuron_xtts.options import PatchOptions
+from neuron_xtts.tools import commands
 
 if TYPE_CHECKING:
     from neuron_xtts.serving.start import Start
@@ -21,13 +22,14 @@ logger = logging.getLogger(__name__)
 KEYS_VARIABLE = "NEURON_XTTS_API_KEYS"
 
 
-def run_serve(arguments: argparse.Namespace, options: PatchOptions) -> int:
+def run_serve(arguments: argparse.Namespace) -> int:
     """Serve until interrupted."""
     _check_installed("serve", "fastapi", "uvicorn", "multipart", "websockets", "prometheus_client", "av")
     if arguments.ray:
         _check_installed("ray", "ray")
     logging.getLogger("neuron_xtts").setLevel(logging.INFO)
-    start = _start(arguments, options)
+    commands.quieten()
+    start = _start(arguments, commands.patch_options(arguments))
     return _on_ray(arguments, start) if arguments.ray else _here(arguments, start)
 
 
