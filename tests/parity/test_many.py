@@ -281,14 +281,21 @@ def test_a_book_leaves_the_queue_to_others(tts, options, monkeypatch):
     neuron_xtts.patch(tts, backend="cpu", buckets=BucketPlan(slots=(2,)), queue=1)
     tts.tts("so that the voice is known.", **options)
     real, gate = Batch.step, threading.Event()
-    monkeypatch.setattr(Batch, "step", lambda *arguments: gate.wait(60) and real(*arguments))
     scheduler = scheduler_of(tts)
 
+    def step(*arguments):  # stands still once there is no slot left
+        return (len(scheduler._running) < 2 or gate.wait(60)) and real(*arguments)
+
+    monkeypatch.setattr(Batch, "step", step)
+
     def begun(calls):
+        def are():
+            return len(scheduler._running) == 2 and len(scheduler._queue) == calls - 2
+
         end = time.monotonic() + 30
-        while len(scheduler._queue) + len(scheduler._running) < calls and time.monotonic() < end:
+        while not are() and time.monotonic() < end:
             time.sleep(0.01)
-        return len(scheduler._queue) + len(scheduler._running) == calls
+        return are()
 
     with ThreadPoolExecutor(2) as pool:
         try:
@@ -433,7 +440,8 @@ def test_a_task_that_is_cancelled_while_it_waits(tts, options):
 
     async def cancel():
         speaks = asyncio.create_task(aio.speak(tts, TEXTS[0], **options))
-        while not neuron_xtts.report(tts).batch.decoding:
+        # As it gets its slot it still waits, for a moment.
+        while not (batch := neuron_xtts.report(tts).batch).decoding or batch.waiting:
             await asyncio.sleep(0.001)
         waits = asyncio.create_task(aio.speak(tts, TEXTS[1], **options))
         while not neuron_xtts.report(tts).batch.waiting:
