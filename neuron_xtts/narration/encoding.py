@@ -6,7 +6,7 @@ import io
 import struct
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,9 +45,10 @@ FORMATS = {
     "aac": Format("audio/aac", "adts", "aac", 64_000),
 }
 
-_UNKNOWN = 0xFFFFFFFF  # a length, in the header of a WAV file that is sent before it ends
-# A page of Ogg holds a second unless told otherwise, which would be a second that nobody hears yet.
-_CONTAINER_OPTIONS = {"ogg": {"page_duration": "60000"}, "mp3": {"write_xing": "0", "id3v2_version": "0"}}
+_UNKNOWN = 0xFFFFFFFF  # a length, in the header of a WAV file that is sent before it ends, or too long for it
+# Of what is sent, which cannot be mended afterwards. A page of Ogg holds a second unless told otherwise, which would be
+# a second that nobody hears yet.
+_SENT = {"ogg": {"page_duration": "60000"}, "mp3": {"write_xing": "0", "id3v2_version": "0"}}
 
 
 def to_int16(samples: Samples | Pcm) -> Pcm:
@@ -64,8 +65,9 @@ def wav_header(rate: int, samples: int | None = None) -> bytes:
         rate: samples per second.
         samples: how many there are; None: until the end, for readers of streams.
     """
-    size = _UNKNOWN if samples is None else 2 * samples
-    whole = _UNKNOWN if samples is None else size + 36
+    known = samples is not None and 2 * samples + 36 < _UNKNOWN  # 24 hours of speech are longer
+    size = 2 * samples if samples is not None and known else _UNKNOWN
+    whole = size + 36 if known else _UNKNOWN
     return struct.pack(
         "<4sI4s4sIHHIIHH4sI", b"RIFF", whole, b"WAVE", b"fmt ", 16, 1, 1, rate, 2 * rate, 2, 16, b"data", size
     )
@@ -92,21 +94,26 @@ class Encoder:
     Args:
         name: of the format, of `FORMATS`.
         rate: samples per second.
+        file: empty, that it is written into, so that its header says in the end how long it is. None: what there is of
+            it is returned, to be sent.
 
     Raises:
         ValueError, ExtraMissingError: as `check_format` does.
     """
 
-    def __init__(self, name: str, rate: int) -> None:
+    def __init__(self, name: str, rate: int, file: IO[bytes] | None = None) -> None:
         self.format = check_format(name)
         self._rate = rate
         self._head = wav_header(rate) if name == "wav" else b""
+        self._file = file
         self._written = _Sink()
         self._container: Any = None
         if self.format.container:
-            options = _CONTAINER_OPTIONS.get(self.format.container, {})
+            options = {"flush_packets": "1"}
+            if file is None:
+                options |= _SENT.get(self.format.container, {})
             self._container = _pyav().open(
-                self._written, "w", format=self.format.container, container_options={"flush_packets": "1"} | options
+                file or self._written, "w", format=self.format.container, container_options=options
             )
             self._stream = self._container.add_stream(self.format.codec, rate=rate, layout="mono")
             if self.format.bit_rate:
@@ -115,9 +122,10 @@ class Encoder:
 
     def encode(self, samples: Samples | Pcm) -> bytes:
         """Encode what comes next; returns what can be sent of it, at first with the header."""
-        if self._container is None:
+        if not self.format.container:
             head, self._head = self._head, b""
-            return head + to_int16(samples).tobytes()
+            self._given += len(samples)
+            return self._put(head + to_int16(samples).tobytes())
         if len(samples):
             frame = _pyav().AudioFrame.from_ndarray(to_int16(samples)[None], format="s16", layout="mono")
             frame.sample_rate = self._rate
@@ -128,9 +136,14 @@ class Encoder:
 
     def finish(self) -> bytes:
         """The rest, where no more samples come."""
-        if self._container is None:
+        if not self.format.container:
             head, self._head = self._head, b""
-            return head
+            rest = self._put(head)
+            if self._file is not None and self.format is FORMATS["wav"]:
+                self._file.seek(0)
+                self._file.write(wav_header(self._rate, self._given))
+                self._file.seek(0, io.SEEK_END)
+            return rest
         self._mux(None)
         self.close()
         return self._written.take()
@@ -141,17 +154,24 @@ class Encoder:
         if container is not None:
             container.close()
 
+    def _put(self, data: bytes) -> bytes:
+        if self._file is None:
+            return data
+        self._file.write(data)
+        return b""
+
     def _mux(self, frame: Any) -> None:
         for packet in self._stream.encode(frame):
             self._container.mux(packet)
 
 
-def encoded(samples: Samples, name: str, rate: int) -> bytes:
+def encoded(samples: Samples | Pcm, name: str, rate: int) -> bytes:
     """A whole file. Its header says how long it is, where the format can."""
-    if name == "wav":
-        return wav_header(rate, len(samples)) + to_int16(samples).tobytes()
-    encoder = Encoder(name, rate)
-    return encoder.encode(samples) + encoder.finish()
+    file = io.BytesIO()
+    encoder = Encoder(name, rate, file)
+    encoder.encode(samples)
+    encoder.finish()
+    return file.getvalue()
 
 
 class _Sink(io.RawIOBase):

@@ -14,7 +14,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from neuron_xtts.coqui.constants import OUTPUT_RATE
-from neuron_xtts.narration.encoding import Encoder, Pcm, to_int16, wav_header
+from neuron_xtts.narration.encoding import Encoder, Pcm
 from neuron_xtts.narration.narrator import Span, silence
 from neuron_xtts.narration.text import Sentence
 
@@ -172,23 +172,17 @@ def write_whole(
     Returns:
         when each sentence is said.
     """
-    spans, total = spans_of(sentences, lengths)
     half = path.with_name(f".{path.name}{_HALF}")
-    encoder = Encoder(name, OUTPUT_RATE)
     try:
-        with half.open("wb") as file:
+        with half.open("wb") as file, contextlib.closing(Encoder(name, OUTPUT_RATE, file)) as encoder:
             for sentence, samples in zip(sentences, parts, strict=True):
-                for piece in (to_int16(silence(sentence.before)), samples, to_int16(silence(sentence.after))):
-                    file.write(encoder.encode(piece))
-            file.write(encoder.finish())
-            if name == "wav":
-                file.seek(0)
-                file.write(wav_header(OUTPUT_RATE, total))
+                for piece in (silence(sentence.before), samples, silence(sentence.after)):
+                    encoder.encode(piece)
+            encoder.finish()
         os.replace(half, path)
     finally:
-        encoder.close()
         half.unlink(missing_ok=True)
-    return spans
+    return spans_of(sentences, lengths)[0]
 
 
 def _differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

@@ -21,7 +21,12 @@ _SEGMENTED_AS = {"pt": "es", "cs": "sk", "tr": "en", "hu": "en", "ko": "en"}
 _PARAGRAPH = re.compile(r"\s*\n\s*\n\s*")
 _PAUSE = re.compile(r"\[\s*pause\b([^\]]*)\]", re.IGNORECASE)
 _SECONDS = re.compile(r"\s*:\s*(\d+(?:\.\d+)?)\s*s?\s*")
+_UNSEEN = re.compile("[\u00ad\u200b\u2060\ufeff]")  # soft hyphens and spaces without width: no tokens, or wrong ones
 _ENDS = re.compile(r"(?<=[.!?…。！？])\s+")  # noqa: RUF001 - of sentences, where pysbd gives up
+# A name follows, though pysbd does not know it of every language.
+_TITLES = re.compile(
+    r"(?:^|\W)(?:drs?|dra|prof|mrs?|ms|mmes?|mlles?|srs?|sras?|srta|sig|dott|dhr|mevr)\.$", re.IGNORECASE
+)
 _CLAUSES = re.compile(r"[;:,–—][\s\"'”’)]|[；：，、]")  # noqa: RUF001
 
 
@@ -83,7 +88,7 @@ class Reader:
 
     def pieces(self, text: str) -> Iterator[str]:
         """What XTTS can say at once, of a stretch of one paragraph."""
-        for segment in self.segments(" ".join(text.split())):
+        for segment in self.segments(" ".join(_UNSEEN.sub("", text).split())):
             if sayable(segment):
                 yield from cut(segment.strip(), self._fits)
 
@@ -97,14 +102,23 @@ class Reader:
             found = []
         if _letters("".join(found)) != _letters(text):
             found = _ENDS.split(text)
-        return [segment for segment in found if segment.strip()]
+        segments: list[str] = []
+        for segment in found:
+            if segments and _TITLES.search(segments[-1].rstrip()):
+                segments[-1] = f"{segments[-1].rstrip()} {segment}"
+            elif segment.strip():
+                segments.append(segment)
+        return segments
 
     def tokens(self, text: str) -> int:
         """How many text tokens a sentence has."""
         return len(self._tokenizer.encode(text.strip().lower(), lang=self.language))
 
     def _fits(self, text: str) -> bool:
-        return len(text) <= self._most and self.tokens(text) < self._most_tokens
+        try:
+            return len(text) <= self._most and self.tokens(text) < self._most_tokens
+        except Exception:  # such as of numbers that have no name, being too large
+            return False
 
 
 class Incoming:
@@ -156,11 +170,13 @@ class Incoming:
         rest = text[start:]
         if not rest.strip():
             return start
-        # A word shows whether what looks like an end is one. Without a space, that word may itself go on: "3." "5".
-        probe = "" if rest == rest.rstrip() else " And"
-        last = self._reader.segments(" ".join(rest.split()) + probe)[-1]
+        # A word shows whether what looks like an end is one: "5 p.m. And", "5 p.m. and". Without a space, the word that
+        # is there may itself go on: "3." "5".
+        probes = ("",) if rest == rest.rstrip() else (" And", " and")
         rest = rest.rstrip()  # what is behind may be half of an empty line
-        return start + _index_of_last(rest, len(_letters(last)) - len(probe.strip()))
+        segments = [self._reader.segments(" ".join(rest.split()) + probe)[-1] for probe in probes]
+        still = max(len(_letters(last)) - len(probe.strip()) for last, probe in zip(segments, probes, strict=True))
+        return start + _index_of_last(rest, still)
 
 
 def known_language(model: object, language: str) -> str:
@@ -194,7 +210,7 @@ def cut(text: str, fits: Callable[[str], bool]) -> Iterator[str]:
             clauses = [match.end() for match in _CLAUSES.finditer(head)]
             if clauses and clauses[-1] >= size // 3:
                 size = clauses[-1]
-            elif not text[size].isspace() and " " in head.strip():
+            elif not text[size].isspace() and not head[-1].isspace() and " " in head.strip():
                 size = head.rstrip().rindex(" ") + 1
         piece, text = text[:size].strip(), text[size:].strip()
         if sayable(piece):

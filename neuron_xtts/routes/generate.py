@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from neuron_xtts.coqui.embeddings import embed_prefix
+from neuron_xtts.decoding.call import Call, Step
 from neuron_xtts.decoding.row import Row, codes_of, make_rows
 from neuron_xtts.decoding.sampling import Sampler, Sampling
-from neuron_xtts.decoding.scheduler import Call, Step
 from neuron_xtts.routes.base import Context, Method, check_fp32
 from neuron_xtts.routes.seeds import drawing_from, generator_of, own_seeded
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from neuron_xtts.coqui.embeddings import embed_start, text_tokens
+from neuron_xtts.decoding.call import Call, Step
 from neuron_xtts.decoding.caller import caller
 from neuron_xtts.decoding.sampling import Sampling
-from neuron_xtts.decoding.scheduler import Call, Step
 from neuron_xtts.errors import Fallback
 from neuron_xtts.routes.base import Context, Method, check_fp32
 from neuron_xtts.routes.generate import cap, check, own_cap, start

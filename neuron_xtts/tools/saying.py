@@ -21,7 +21,7 @@ import neuron_xtts
 from neuron_xtts.coqui.constants import OUTPUT_RATE
 from neuron_xtts.coqui.voices import encoders_digest
 from neuron_xtts.coqui.weights import Digester, tensor_digest
-from neuron_xtts.narration.encoding import Encoder, Pcm, Samples, to_int16, wav_header
+from neuron_xtts.narration.encoding import Encoder, Pcm, Samples, to_int16
 from neuron_xtts.narration.narrator import Narration, Span, silence
 from neuron_xtts.narration.parts import Parts, spans_of, write_whole
 from neuron_xtts.narration.text import Sentence
@@ -143,8 +143,9 @@ class Sink:
     def __init__(self, file: IO[bytes], name: str) -> None:
         self.samples = 0
         self._file = file
-        self._name = name
-        self._encoder = Encoder(name, OUTPUT_RATE)
+        # Where it can be written again, its header says in the end how long it is.
+        whole = file.seekable() and Path(f"/dev/fd/{file.fileno()}").is_file()
+        self._encoder = Encoder(name, OUTPUT_RATE, file if whole else None)
 
     def take(self, samples: Samples | Pcm) -> None:
         """Write what comes next."""
@@ -152,11 +153,8 @@ class Sink:
         self._write(self._encoder.encode(samples))
 
     def finish(self) -> None:
-        """Write the end; the header of a WAV file gets its true length where it can be written again."""
+        """Write the end."""
         self._write(self._encoder.finish())
-        if self._name == "wav" and self._file.seekable() and Path(f"/dev/fd/{self._file.fileno()}").is_file():
-            self._file.seek(0)
-            self._write(wav_header(OUTPUT_RATE, self.samples))
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)

@@ -115,6 +115,22 @@ def test_a_stream(xtts, voice, patch):
     assert neuron_xtts.report(xtts).routes["GPT.get_generator"].served == 1
 
 
+def test_a_guard(xtts, voice, patch):
+    """Caps, says anew and trims as on the host, and everything on graphs."""
+    guard = neuron_xtts.Guard(codes_per_token=1, spare=7, trim=1.0, keep=0.0)
+    host = unpatched_copy(xtts)
+    neuron_xtts.patch(host, backend="cpu", guard=guard)
+    patch(xtts, guard=guard, strict=True)
+    assert_same_speech(speak(xtts, voice), speak(host, voice))
+    for a, b in zip(
+        *(each.inference_stream("an old song.", "en", *voice, seed=3) for each in (xtts, host)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    counts = neuron_xtts.report(xtts).guard
+    assert counts == neuron_xtts.report(host).guard
+    assert (counts.capped, counts.retried, counts.trimmed) == (2, 1, 2)
+
+
 def test_two_streams_on_one_decode_graph(xtts, voice, patch):
     """The cache of the one that is overtaken waits on the host: both are what they would be alone."""
     texts = ("one.", "another one.")

@@ -206,6 +206,22 @@ def test_streams(xtts, voice, patch):
 
 
 @pytest.mark.slow
+def test_a_guard(original, xtts, voice, patch):
+    """Caps within a step, and says anew: as on the host, which decodes one by one."""
+    guard = neuron_xtts.Guard(codes_per_token=1, spare=0, trim=None)
+    host = unpatched_copy(original)
+    neuron_xtts.patch(host, backend="cpu", guard=guard)
+    patch(xtts, guard=guard)
+    for seed in range(8):
+        assert_same_speech(speak(xtts, voice, seed=seed), speak(host, voice, seed=seed))
+        assert_same_chunks(*(stream(each, voice, seed=seed, stream_chunk_size=7) for each in (xtts, host)))
+    counts = neuron_xtts.report(xtts).guard
+    assert counts == neuron_xtts.report(host).guard
+    assert 0 < counts.retried < counts.capped  # streams are said once
+    assert all_fallbacks(xtts).keys() <= {"HifiDecoder.forward"}  # the plan has no vocoder
+
+
+@pytest.mark.slow
 def test_rows_of_one_call(xtts, voice, patch):
     """Which end where they end, and go on with stop codes until all have."""
     text = torch.arange(1, 9)[None]

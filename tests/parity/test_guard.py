@@ -23,7 +23,9 @@ from helpers import (
 
 import neuron_xtts
 from neuron_xtts import BucketPlan, Guard, QueueFullError
-from neuron_xtts.decoding.scheduler import Call, Scheduler
+from neuron_xtts.coqui.models import load_tts
+from neuron_xtts.decoding.call import Call
+from neuron_xtts.decoding.scheduler import Scheduler
 from neuron_xtts.patching.dispatch import DISABLE_VARIABLE
 from neuron_xtts.report import GuardCounts
 from neuron_xtts.routes.tails import Tails
@@ -339,6 +341,28 @@ def test_disabled(xtts, voice, monkeypatch):
     assert_identical(speak(xtts, voice, TEXT, **options), theirs)
     assert_same_chunks(stream(xtts, voice, TEXT, **options), chunks, audio=0)
     assert guard_of(xtts) == GuardCounts()
+
+
+@pytest.mark.slow
+def test_trained_speech(miniature):
+    """Of a model that was trained is the same speech up to where its voice ends, and no less."""
+    tts = load_tts(miniature)
+    xtts = tts.synthesizer.tts_model
+    voice = xtts.get_conditioning_latents(str(miniature / "f5.wav"))
+    texts = (miniature / "sentences.txt").read_text().splitlines()[:4]
+    settings = {"temperature": 0.3, "top_k": 5}
+    theirs = [speak(xtts, voice, text, **settings) for text in texts]
+    neuron_xtts.patch(tts, strict=True, guard=True)
+    cut = 0
+    for text, (their, state) in zip(texts, theirs, strict=True):
+        ours, our_state = speak(xtts, voice, text, **settings)
+        end = len(ours["wav"])
+        assert_same_speech((ours, our_state), ({**their, "wav": their["wav"][:end]}, state))
+        assert np.abs(their["wav"][end:]).max(initial=0) < 0.05 * np.abs(their["wav"]).max()
+        cut += len(their["wav"]) - end
+    counts = guard_of(tts)
+    assert (counts.capped, counts.retried) == (0, 0)
+    assert round(counts.seconds * 24000) == cut > 0
 
 
 def test_trimmed(xtts, voice):

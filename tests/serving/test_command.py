@@ -1,0 +1,128 @@
+"""``neuron-xtts serve`` as people start it: its options, what it says of what is wrong, and how it is stopped."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import numpy as np
+import pytest
+from test_robust import BODY
+
+from neuron_xtts.tools.cli import main
+
+SHORT = BODY | {"input": "the band plays."}
+
+
+@contextlib.contextmanager
+def started(miniature, log, *arguments):
+    """The address of a server in a process of its own, and the process, once it is ready."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{(port := probe.getsockname()[1])}"
+    command = [sys.executable, "-m", "neuron_xtts", "serve", "--checkpoint", miniature, "--port", port, *arguments]
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(miniature.parent), os.environ.get("PYTHONPATH", "")])
+    with log.open("w") as file:
+        process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file, env=environment)
+    try:
+        deadline = time.monotonic() + 180
+        while True:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(url + "/health").status_code == 200:
+                    break
+            time.sleep(0.2)
+        yield url, process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def stopped(process, log):
+    """Whether it ends by itself when it is interrupted, and says nothing that alarms."""
+    process.send_signal(signal.SIGINT)
+    process.wait(60)
+    said = log.read_text()
+    return process.returncode in (0, 130) and "Traceback" not in said
+
+
+def say(url, **changes):
+    """The samples of a request, and its headers."""
+    headers = changes.pop("headers", {})
+    answer = httpx.post(url + "/v1/audio/speech", json=SHORT | changes, headers=headers, timeout=120)
+    assert answer.status_code == 200, answer.text
+    return np.frombuffer(answer.content, np.int16), answer.headers
+
+
+@pytest.mark.slow
+def test_options(miniature, voices, tmp_path):
+    keys, log = tmp_path / "keys", tmp_path / "log"
+    keys.write_text("first\n\n second \n")
+    page = "https://page.example"
+    arguments = ("--voices", voices.root, "--api-key-file", keys, "--alias", "alloy=klatt", "--alias", "me=f5",
+                 "--allow-origin", page, "--no-page", "--language", "de")  # fmt: skip
+    with started(miniature, log, *arguments) as (url, process):
+        assert httpx.get(url + "/v1/models").status_code == 401
+        assert httpx.get(url + "/v1/models", headers={"authorization": "Bearer third"}).status_code == 401
+        for key in ("first", "second"):
+            assert httpx.get(url + "/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
+        own = {"authorization": "Bearer second"}
+        for alias, name in (("alloy", "klatt"), ("me", "f5")):
+            spoken = say(url, voice=alias, headers=own)[0]
+            assert len(spoken) > 5000
+            np.testing.assert_array_equal(spoken, say(url, voice=name, headers=own)[0])
+        spoken = say(url, headers=own)[0]  # in German, which it was told, the tokens are others
+        np.testing.assert_array_equal(spoken, say(url, language="de", headers=own)[0])
+        assert not np.array_equal(spoken, say(url, language="en", headers=own)[0])
+        asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+        for origin, allowed in ((page, page), ("https://other.example", None)):
+            answer = httpx.options(url + "/v1/audio/speech", headers={"origin": origin, **asked})
+            assert answer.headers.get("access-control-allow-origin") == allowed
+        assert httpx.get(url + "/ui", headers=own).status_code == 404
+        assert stopped(process, log), log.read_text()
+
+
+@pytest.mark.slow
+def test_on_ray(miniature, voices, tmp_path):
+    """The application and its settings, in a replica with as many threads as it was given."""
+    pytest.importorskip("ray")
+    log, arguments = tmp_path / "log", ("--ray", "--replicas", 1, "--cpus", 1, "--voices", voices.root, "--no-page")
+    with started(miniature, log, *arguments, "--alias", "alloy=klatt") as (url, process):
+        spoken, headers = say(url, voice="alloy")
+        assert headers["x-replica-threads"] == "1"
+        assert len(spoken) > 5000
+        np.testing.assert_array_equal(spoken, say(url, voice="klatt")[0])
+        assert stopped(process, log), log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--api-key-file", "EMPTY"], "has no API key; expected one a line"),
+        (["--api-key-file", "NOWHERE"], "No such file"),
+        (["--language", "tlh"], "language 'tlh' is not known; expected one of "),
+        (["--checkpoint", "NOWHERE"], "NOWHERE"),
+    ],
+)
+def test_what_is_wrong(miniature, tmp_path, capsys, arguments, error):
+    """Said in one line, before anything is served."""
+    (tmp_path / "EMPTY").write_text("\n")
+    places = [str(tmp_path / each) if each.isupper() else each for each in arguments]
+    assert main(["serve", "--no-page", "--checkpoint", str(miniature), *places]) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert error in said[-1]
+    assert said[-1].startswith("neuron-xtts: ")
+    assert not any("Traceback" in line for line in said)
+
+
+def test_an_alias_that_is_none(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["serve", "--alias", "alloy"])
+    assert stop.value.code == 2
+    assert "'alloy' is not NAME=VOICE" in capsys.readouterr().err
