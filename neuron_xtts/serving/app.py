@@ -36,8 +36,7 @@ def create_app(
 
     Raises:
         ExtraMissingError: the page was asked for, and Gradio is not installed.
-        ValueError: the model is not patched.
-        ApiError: it does not speak the language of the settings.
+        ValueError: the model is not patched, or does not speak the language of the settings.
     """
     patch_of(model)
     settings = settings or Settings()
@@ -63,12 +62,15 @@ def create_app(
     app.state.studio = studio
     recording = settings.recording + _FORM
     # The last one is met first.
-    if settings.origins:
-        app.add_middleware(CORSMiddleware, allow_origins=settings.origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(
         Gate, keys=settings.keys, origins=settings.origins, most=_BODY, most_of={
             "/v1/audio/voices": recording, f"{PAGE}/gradio_api/upload": recording, "/tts_stream": _BODY_OF_NUMBERS,
         },
     )  # fmt: skip
+    if settings.origins:  # before the gate: a browser asks without a key whether it may call with one
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.origins, allow_methods=["*"], allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )  # fmt: skip
     app.add_middleware(metrics.counting)
     return app

@@ -21,7 +21,7 @@ from neuron_xtts.coqui.recordings import check_recording, write_reference
 from neuron_xtts.decoding.caller import Caller
 from neuron_xtts.errors import NeuronXttsError, VoiceError, describe
 from neuron_xtts.narration.narrator import Narration
-from neuron_xtts.narration.text import Reader, Sentence
+from neuron_xtts.narration.text import Reader, Sentence, known_language
 from neuron_xtts.serving.errors import ApiError
 from neuron_xtts.speaking import patch_of
 from neuron_xtts.voice import Voice, VoiceFolder
@@ -87,9 +87,9 @@ class Studio:
         self.ready = False
         self.active = 0
         self._xtts: Any = find_xtts(model)
-        self._readers: dict[str, Reader] = {}
         self._loaded: OrderedDict[str, tuple[object, dict[str, Tensor]]] = OrderedDict()
-        self.reader(settings.language)  # fails before anything is served
+        reader = Reader(model, settings.language)  # fails before anything is served
+        self._readers = {reader.language: reader}
 
     @property
     def own(self) -> list[str]:
@@ -112,14 +112,12 @@ class Studio:
         Raises:
             ApiError: the checkpoint does not speak it.
         """
-        name = language or self.settings.language
-        if name not in self._readers:
-            try:
-                reader = Reader(self.model, name)
-            except ValueError as error:
-                raise ApiError(400, str(error), param="language") from error
-            self._readers.setdefault(reader.language, reader)
-            return self._readers[reader.language]
+        try:
+            name = known_language(self.model, language or self.settings.language)
+            if name not in self._readers:
+                self._readers[name] = Reader(self.model, name)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="language") from error
         return self._readers[name]
 
     async def read(self, text: str, language: str | None) -> tuple[Reader, list[Sentence]]:

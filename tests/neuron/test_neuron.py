@@ -122,13 +122,13 @@ def test_a_guard(xtts, voice, patch):
     neuron_xtts.patch(host, backend="cpu", guard=guard)
     patch(xtts, guard=guard, strict=True)
     assert_same_speech(speak(xtts, voice), speak(host, voice))
-    for a, b in zip(
-        *(each.inference_stream("an old song.", "en", *voice, seed=3) for each in (xtts, host)), strict=True
-    ):
+    streams = (each.inference_stream("an old song.", "en", *voice, seed=3) for each in (xtts, host))
+    for a, b in zip(*streams, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     counts = neuron_xtts.report(xtts).guard
     assert counts == neuron_xtts.report(host).guard
-    assert (counts.capped, counts.retried, counts.trimmed) == (2, 1, 2)
+    assert (counts.capped, counts.retried) == (2, 1)
+    assert counts.trimmed
 
 
 def test_two_streams_on_one_decode_graph(xtts, voice, patch):

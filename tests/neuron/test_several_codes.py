@@ -208,7 +208,7 @@ def test_streams(xtts, voice, patch):
 @pytest.mark.slow
 def test_a_guard(original, xtts, voice, patch):
     """Caps within a step, and says anew: as on the host, which decodes one by one."""
-    guard = neuron_xtts.Guard(codes_per_token=1, spare=0, trim=None)
+    guard = neuron_xtts.Guard(codes_per_token=0.25, spare=0, trim=None)
     host = unpatched_copy(original)
     neuron_xtts.patch(host, backend="cpu", guard=guard)
     patch(xtts, guard=guard)
