@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -98,10 +99,9 @@ def own_generator(context: Context, method: Method) -> Method:
     def call(fake_inputs: Tensor, *args: Any, seed: int | None = None, **kwargs: Any) -> Iterator[Step]:
         inference, prefix, generator = gpt.gpt_inference, prefix_of(context, fake_inputs), generator_of(seed)
         most = own_cap(context, text_tokens(fake_inputs.shape[1]), kwargs)
-        if most is None:
-            steps = method(fake_inputs, *args, **kwargs)
-        else:
-            steps = _counted(context, method(fake_inputs, *args, **(kwargs | {"max_new_tokens": most})), most)
+        steps = method(fake_inputs, *args, **kwargs)
+        if most is not None:
+            steps = _counted(context, islice(steps, most), most)
 
         def run() -> Iterator[Step]:
             while True:
