@@ -17,6 +17,7 @@ from typing import Any
 
 import platformdirs
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from neuron_xtts.coqui.find import find_xtts
@@ -33,6 +34,7 @@ SCHEMA = 1
 
 _MANIFEST = "neuron_xtts"  # key of the file's metadata
 _RECORDING = "recording."  # begins the name of a tensor with the bytes of a recording
+_LOCK = ".lock"
 _NAME = re.compile(r"\w(?:[\w .'-]{0,62}\w)?")
 
 
@@ -245,14 +247,15 @@ class VoiceFolder:
     def __iter__(self) -> Iterator[str]:
         """The names, in alphabetical order."""
         paths = self.root.glob(f"*{SUFFIX}") if self.root.is_dir() else ()
-        return iter(sorted(path.name.removesuffix(SUFFIX) for path in paths if not path.name.startswith(".")))
+        names = (path.name.removesuffix(SUFFIX) for path in paths)
+        return iter(sorted(filter(_is_name, names)))  # a file that is named otherwise is nobody's voice
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and bool(_NAME.fullmatch(name)) and self.path(name).is_file()
+        return isinstance(name, str) and _is_name(name) and self.path(name).is_file()
 
     def path(self, name: str) -> Path:
         """The file of a voice, there or not. Raises ValueError if the name can be none."""
-        if not _NAME.fullmatch(name):
+        if not _is_name(name):
             raise ValueError(
                 f"{name!r} cannot be the name of a voice; expected at most 64 letters, digits, spaces, dots, dashes, "
                 "underscores and apostrophes, the first and the last of them a letter or digit"
@@ -275,9 +278,11 @@ class VoiceFolder:
             FileExistsError: there is one of that name.
         """
         path = self.path(name)
-        if path.exists() and not replace:
-            raise FileExistsError(f"there is a voice {name!r} already, {path}; remove it, or replace it")
-        return voice.save(path)
+        self.root.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.root / _LOCK):  # several may add one of the same name
+            if path.exists() and not replace:
+                raise FileExistsError(f"there is a voice {name!r} already, {path}; remove it, or replace it")
+            return voice.save(path)
 
     def remove(self, name: str) -> Path:
         """Delete a voice; returns the file that was.
@@ -294,6 +299,10 @@ class VoiceFolder:
         if name not in self:
             raise ValueError(f"there is no voice {name!r} in {self.root}; there are: {', '.join(self) or 'none'}")
         return self.path(name)
+
+
+def _is_name(name: str) -> bool:
+    return bool(_NAME.fullmatch(name)) and len(name.encode()) <= 192  # file systems count bytes
 
 
 def _several(recordings: Recordings | None) -> Sequence[str | os.PathLike[str]]:

@@ -54,15 +54,20 @@ def load_or_make(checkpoint: Path | None, small: bool) -> Any:
         ValueError: coqui-tts cannot load it.
     """
     if checkpoint is not None:
-        missing = [name for name in ("config.json", "vocab.json", "model.pth") if not (checkpoint / name).is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"{checkpoint} has no {', '.join(missing)}; expected the folder of an XTTS v2 checkpoint, as coqui-tts "
-                "downloads it"
-            )
+        check_checkpoint(checkpoint)
         return load_tts(checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         return random_tts(Path(folder), small=small, progress=True)
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raise FileNotFoundError if a folder lacks a file of those that coqui-tts downloads."""
+    missing = [name for name in ("config.json", "vocab.json", "model.pth") if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} has no {', '.join(missing)}; expected the folder of an XTTS v2 checkpoint, as coqui-tts "
+            "downloads it"
+        )
 
 
 def load_or_download(checkpoint: Path | None) -> Any:

@@ -111,7 +111,10 @@ class Narration:
                 number, before = len(self.spans), silence(speech.sentence.before)
                 self.spans.append(Span(speech.sentence.text, self.seconds + len(before) / OUTPUT_RATE, 0.0))
                 upcoming = asyncio.create_task(self._begin())
-                yield self._given(np.concatenate([before, first]), number, begins=True)
+                size = len(before) // OUTPUT_RATE * OUTPUT_RATE  # a second at a time, as whoever encodes takes turns
+                for start in range(0, size, OUTPUT_RATE):
+                    yield self._given(before[start : start + OUTPUT_RATE], number, begins=not start)
+                yield self._given(np.concatenate([before[size:], first]), number, begins=not size)
                 while (samples := await speech.more()) is not None:
                     yield self._given(samples, number)
                 self.spans[-1].end = self.seconds

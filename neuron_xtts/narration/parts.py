@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import secrets
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ class Parts:
             return dict(found)
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{self._path(_MANIFEST)} is damaged ({error}); discard it with --restart") from error
 
     def __len__(self) -> int:
@@ -172,7 +173,7 @@ def write_whole(
     Returns:
         when each sentence is said.
     """
-    half = path.with_name(f".{path.name}{_HALF}")
+    half = path.with_name(f".{uuid.uuid4().hex}{_HALF}")  # of its own: two may write the same file
     try:
         with half.open("wb") as file, contextlib.closing(Encoder(name, OUTPUT_RATE, file)) as encoder:
             for sentence, samples in zip(sentences, parts, strict=True):

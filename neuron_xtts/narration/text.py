@@ -13,13 +13,14 @@ from neuron_xtts.errors import describe
 #: Seconds of silence after a sentence and after a paragraph, choices of ours. coqui-tts has 0.42 s after a sentence.
 SENTENCE_PAUSE = 0.25
 PARAGRAPH_PAUSE = 0.6
-#: Seconds that a ``[pause:...]`` may be long.
+#: Seconds that a ``[pause:...]`` may be long, and several without words between them.
 LONGEST_PAUSE = 30.0
 
 # Languages of XTTS that pysbd has no rules for, each with one whose punctuation is the same.
 _SEGMENTED_AS = {"pt": "es", "cs": "sk", "tr": "en", "hu": "en", "ko": "en"}
 _PARAGRAPH = re.compile(r"\s*\n\s*\n\s*")
 _PAUSE = re.compile(r"\[\s*pause\b([^\]]*)\]", re.IGNORECASE)
+_BLANKS = re.compile(r"[^\S\n]+")
 _SECONDS = re.compile(r"\s*:\s*(\d+(?:\.\d+)?)\s*s?\s*")
 _UNSEEN = re.compile("[\u00ad\u200b\u2060\ufeff]")  # soft hyphens and spaces without width: no tokens, or wrong ones
 _ENDS = re.compile(r"(?<=[.!?…。！？])\s+")  # noqa: RUF001 - of sentences, where pysbd gives up
@@ -136,7 +137,7 @@ class Incoming:
 
     def more(self, text: str) -> list[Sentence]:
         """The sentences that are over with what comes now."""
-        self._open += text
+        self._open = _BLANKS.sub(" ", self._open + text)
         size = self._over(self._open)
         ready, self._open = self._open[:size], self._open[size:]
         return list(self._read(ready))
@@ -145,6 +146,11 @@ class Incoming:
         """The sentences that are left where nothing more will come."""
         ready, self._open = self._open, ""
         return list(self._read(ready))
+
+    @property
+    def open(self) -> int:
+        """Characters of which it is not known yet where their sentence ends."""
+        return len(self._open)
 
     @property
     def silence(self) -> float:
@@ -158,6 +164,9 @@ class Incoming:
                 self._asked, self._implied = None, SENTENCE_PAUSE
             if pause is not None:
                 self._asked = (self._asked or 0.0) + pause
+                if self._asked > LONGEST_PAUSE:
+                    found = f"Pauses of {self._asked:g} s, one after another"
+                    raise ValueError(f"{found}; expected at most {LONGEST_PAUSE:g} s together")
             if over and self._implied:
                 self._implied = PARAGRAPH_PAUSE
 

@@ -51,6 +51,7 @@ def create_app(
         finally:
             warming.cancel()
             await asyncio.wait([warming])
+            studio.close()
 
     app = FastAPI(title="neuron_xtts", version=__version__, lifespan=lifespan, redirect_slashes=False)
     errors.install(app)
@@ -62,10 +63,10 @@ def create_app(
     app.state.studio = studio
     recording = settings.recording + _FORM
     # The last one is met first.
+    upload = f"{PAGE}/gradio_api/upload"
     app.add_middleware(
-        Gate, keys=settings.keys, origins=settings.origins, most=_BODY, most_of={
-            "/v1/audio/voices": recording, f"{PAGE}/gradio_api/upload": recording, "/tts_stream": _BODY_OF_NUMBERS,
-        },
+        Gate, keys=settings.keys, origins=settings.origins, most=_BODY, closed=() if settings.uploads else (upload,),
+        most_of={"/v1/audio/voices": recording, upload: recording, "/tts_stream": _BODY_OF_NUMBERS},
     )  # fmt: skip
     if settings.origins:  # before the gate: a browser asks without a key whether it may call with one
         app.add_middleware(

@@ -35,6 +35,12 @@ def router(studio: Studio, metrics: Metrics, page: str | None) -> APIRouter:
         content = {"name": "neuron_xtts", "version": __version__, "ready": studio.ready, "languages": studio.languages}
         return json_response(content)
 
+    if page is not None:
+
+        @routes.get(page, include_in_schema=False)
+        async def to_page(request: Request) -> Response:
+            return RedirectResponse(f"{request.scope.get('root_path', '')}{page}/")
+
     @routes.get("/health")
     async def health() -> Response:
         """Whether it speaks: 200 once it has, 503 before."""
@@ -85,7 +91,8 @@ def router(studio: Studio, metrics: Metrics, page: str | None) -> APIRouter:
     async def voices() -> Response:
         """Every voice that can be asked for, aliases included."""
         there = studio.voices()
-        names = there + [alias for alias in ALIASES if there and alias not in there]
+        named = [alias for alias, meant in studio.settings.aliases.items() if meant in there]
+        names = list(dict.fromkeys([*there, *named, *(ALIASES if there else ())]))
         items = [{"id": name, "name": name, "object": "audio.voice"} for name in names]
         return json_response({"object": "list", "data": items, "voices": items})
 

@@ -36,6 +36,7 @@ class Gate:
         most: bytes of a body.
         most_of: the same for some paths.
         origins: of web pages that may open a WebSocket, beside those of this server itself; ``*`` is any.
+        closed: paths where nothing is let in.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class Gate:
         most: int,
         most_of: Mapping[str, int] | None = None,
         origins: Collection[str] = (),
+        closed: Collection[str] = (),
     ) -> None:
         self._app = app
         self._keys = [key.encode() for key in keys]
         self._most = most
         self._most_of = dict(most_of or {})
         self._origins = set(origins)
+        self._closed = set(closed)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, in terms of ASGI."""
@@ -86,6 +89,8 @@ class Gate:
         try:
             if not self._knows(headers, scope["path"]):
                 raise ApiError(401, "The API key is missing or wrong; expected Authorization: Bearer KEY")
+            if scope["path"].rstrip("/") in self._closed:
+                raise ApiError(403, "This server takes no recordings of clients")
             await self._app(scope, self._limited(scope["path"], headers, receive), answer)
         except Exception as error:
             if begun:  # nothing but the connection's end can say it

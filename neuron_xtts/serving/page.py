@@ -59,7 +59,8 @@ def _form(studio: Studio) -> Any:
         names = studio.voices()
         return gr.Dropdown(choices=names, value=names[0] if names else None)
 
-    with gr.Blocks(title="neuron_xtts", analytics_enabled=False) as form:
+    # Recordings that were uploaded are deleted after ten minutes, and when the server ends.
+    with gr.Blocks(title="neuron_xtts", analytics_enabled=False, delete_cache=(600, 600)) as form:
         gr.Markdown("# neuron_xtts\nXTTS v2, heard while it is made.")
         text = gr.Textbox(_EXAMPLE, label="Text", lines=4, max_length=studio.settings.characters, elem_id="text")
         with gr.Row():

@@ -3,8 +3,7 @@
 ``serve run neuron_xtts.serving.ray:app checkpoint=/models/xtts cpus=8`` or ``neuron-xtts serve --ray``.
 """
 
-from __future__ import annotations
-
+# Without "from __future__ import annotations": Ray reads of which class the argument of `app` is.
 import asyncio
 import threading
 from dataclasses import replace

@@ -11,6 +11,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any, Literal
 
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from neuron_xtts.coqui.constants import OUTPUT_RATE
 from neuron_xtts.narration.encoding import Encoder, check_format
+from neuron_xtts.narration.narrator import end
 from neuron_xtts.narration.text import Incoming, Sentence
 from neuron_xtts.serving.errors import ApiError, as_api_error
 from neuron_xtts.serving.metrics import Metrics
@@ -26,6 +28,9 @@ from neuron_xtts.serving.studio import Studio
 
 _PATIENCE = 300.0  # seconds without a message while nothing is spoken
 _MESSAGE = 2**16  # characters
+_UNREAD = 2**20  # characters of messages that wait
+_OPEN = 4096  # characters without an end of a sentence
+_BIT = 2048  # characters that are read at once
 _BACKLOG = 64  # sentences that wait to be said, before more is read
 
 
@@ -78,6 +83,8 @@ class Session:
         self._metrics = metrics
         self._sending = asyncio.Lock()
         self._config = Config(type="session.config")
+        self._messages: asyncio.Queue[str] = asyncio.Queue()
+        self._unread = 0  # characters of those
         self._incoming: Incoming | None = None
         self._sentences: asyncio.Queue[Sentence | None] = asyncio.Queue(_BACKLOG)
         self._speaking: asyncio.Task[tuple[int, int]] | None = None
@@ -85,43 +92,60 @@ class Session:
 
     async def run(self) -> None:
         """Serve it until either side has enough."""
+        receiving, serving = asyncio.create_task(self._receive()), asyncio.create_task(self._serve())
         try:
-            while await self._take(await self._next()):
-                pass
+            await asyncio.wait({receiving, serving}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (serving, receiving):
+                if task.done():
+                    task.result()
             await self._socket.close()
-        except ApiError as error:
-            await self._say_error(error)
-            await self._socket.close(1008 if error.status < 500 else 1011)
+        except WebSocketDisconnect:
+            raise
+        except Exception as error:
+            told = as_api_error(error)
+            await self._say_error(told)
+            await self._socket.close(1013 if told.status == 429 else 1008 if told.status < 500 else 1011)
         finally:
-            if self._speaking is not None:
-                self._speaking.cancel()
-                await asyncio.wait([self._speaking])
+            await end(receiving, serving, *([self._speaking] if self._speaking else []))
+
+    async def _receive(self) -> None:
+        """Take what comes at once: while a message waits unread, a server reads no answer to its pings."""
+        while True:
+            try:
+                text = await self._socket.receive_text()
+            except KeyError as error:
+                raise ApiError(400, "Bytes were sent; expected messages in JSON") from error
+            if len(text) > _MESSAGE:
+                raise ApiError(413, f"A message of {len(text)} characters; expected at most {_MESSAGE}")
+            self._unread += len(text)
+            if self._unread > _UNREAD:
+                raise ApiError(413, f"{self._unread} characters that wait; expected at most {_UNREAD}: send less ahead")
+            self._messages.put_nowait(text)
+
+    async def _serve(self) -> None:
+        while await self._take(await self._next()):
+            pass
 
     async def _next(self) -> dict[str, Any]:
         """The client's next message; in the meantime what is spoken may fail."""
-        receiving = asyncio.create_task(self._socket.receive_text())
+        getting = asyncio.create_task(self._messages.get())
         try:
-            while not receiving.done():
-                waited = {receiving, *([self._speaking] if self._speaking else [])}
+            while not getting.done():
+                waited = {getting, *([self._speaking] if self._speaking else [])}
                 done, _ = await asyncio.wait(waited, timeout=_PATIENCE, return_when=asyncio.FIRST_COMPLETED)
                 if self._speaking in done:
                     self._spoken()
                 elif not done and self._sentences.empty():
                     raise ApiError(408, f"No message for {_PATIENCE:g} s; open another session")
-            return await self._parse(receiving)
+            return self._parse(getting.result())
         finally:
-            receiving.cancel()
+            getting.cancel()
 
-    async def _parse(self, receiving: asyncio.Task[str]) -> dict[str, Any]:
-        try:
-            text = await receiving
-        except KeyError as error:
-            raise ApiError(400, "Bytes were sent; expected messages in JSON") from error
-        if len(text) > _MESSAGE:
-            raise ApiError(413, f"A message of {len(text)} characters; expected at most {_MESSAGE}")
+    def _parse(self, text: str) -> dict[str, Any]:
+        self._unread -= len(text)
         try:
             message = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict):
             raise ApiError(400, "A message that is no object in JSON")
@@ -160,11 +184,15 @@ class Session:
         text = whole(text)
         if self._incoming is None:
             self._incoming = Incoming(self._studio.reader(self._config.language))
-        try:
-            sentences = await asyncio.to_thread(self._incoming.more, text)
-        except ValueError as error:
-            raise ApiError(400, str(error), param="text") from error
-        await self._put(*sentences)
+        for bit in (text[start : start + _BIT] for start in range(0, len(text), _BIT)):
+            try:
+                sentences = await self._studio.in_reading_room(partial(self._incoming.more, bit))
+            except ValueError as error:
+                raise ApiError(400, str(error), param="text") from error
+            if self._incoming.open > _OPEN:
+                found = f"{self._incoming.open} characters without an end of a sentence"
+                raise ApiError(413, f"{found}; expected at most {_OPEN}", param="text")
+            await self._put(*sentences)
 
     async def _put(self, *sentences: Sentence | None) -> None:
         if self._speaking is None:
@@ -178,7 +206,7 @@ class Session:
                 return
 
     async def _done(self) -> None:
-        rest = await asyncio.to_thread(self._incoming.rest) if self._incoming is not None else []
+        rest = await self._studio.in_reading_room(self._incoming.rest) if self._incoming is not None else []
         self._incoming = None
         await self._put(*rest, None)
         said, codes = await self._until_spoken()
@@ -190,16 +218,16 @@ class Session:
         """Sentences and codes of what was said. Meanwhile the client may close, or go."""
         assert self._speaking is not None
         while not self._speaking.done():
-            receiving = asyncio.create_task(self._socket.receive_text())
+            getting = asyncio.create_task(self._messages.get())
             try:
-                await asyncio.wait({receiving, self._speaking}, return_when=asyncio.FIRST_COMPLETED)
-                if receiving.done():
-                    message = await self._parse(receiving)
+                await asyncio.wait({getting, self._speaking}, return_when=asyncio.FIRST_COMPLETED)
+                if getting.done():
+                    message = self._parse(getting.result())
                     if message.get("type") == "session.close":
                         raise WebSocketDisconnect
                     await self._say_error(ApiError(400, "A message before session.done", code="not_done"))
             finally:
-                receiving.cancel()
+                getting.cancel()
         return self._spoken()
 
     def _spoken(self) -> tuple[int, int]:

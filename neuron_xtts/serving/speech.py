@@ -41,7 +41,7 @@ class Drawing(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False, extra="ignore")
 
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63, description="the same one gives the same speech")
-    temperature: float | None = Field(default=None, gt=0, le=10)
+    temperature: float | None = Field(default=None, ge=1e-3, le=10)
     top_k: int | None = Field(default=None, ge=1, le=1000)
     top_p: float | None = Field(default=None, gt=0, le=1)
     repetition_penalty: float | None = Field(default=None, ge=0.1, le=100)

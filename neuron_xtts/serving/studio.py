@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -33,6 +35,9 @@ ALIASES = (
     "alloy", "ash", "ballad", "cedar", "coral", "echo", "fable", "marin", "nova", "onyx", "sage", "shimmer", "verse",
 )  # fmt: skip
 
+T = TypeVar("T")
+
+_SUFFIX = re.compile(r"\.\w{1,8}", re.ASCII)  # of a recording
 _KEPT = 64  # voices in memory
 _TRIAL = "One, two, three."
 
@@ -88,6 +93,10 @@ class Studio:
         self.active = 0
         self._xtts: Any = find_xtts(model)
         self._loaded: OrderedDict[str, tuple[object, dict[str, Tensor]]] = OrderedDict()
+        self._reading = _reading_room()
+        for name, meant in settings.aliases.items():
+            if meant not in self.voices():
+                logger.warning("%r stands for %r, which is no voice yet", name, meant)
         reader = Reader(model, settings.language)  # fails before anything is served
         self._readers = {reader.language: reader}
 
@@ -131,9 +140,18 @@ class Studio:
             raise ApiError(400, f"input has {len(text)} characters; expected at most {most}", param="input")
         reader = self.reader(language)
         try:
-            return reader, await asyncio.to_thread(reader.read, text)
+            return reader, await self.in_reading_room(partial(reader.read, text))
         except ValueError as error:
             raise ApiError(400, str(error), param="input") from error
+
+    async def in_reading_room(self, call: Callable[[], T]) -> T:
+        """What a call gives that reads text, which may take seconds of what is no language: few of them at once."""
+        return await asyncio.get_running_loop().run_in_executor(self._reading, call)
+
+    def close(self) -> None:
+        """Let go of its threads; it may be used again."""
+        reading, self._reading = self._reading, _reading_room()
+        reading.shutdown(wait=False, cancel_futures=True)
 
     def resolve(self, name: str) -> str:
         """The voice that is meant by a name: itself, or what it stands for.
@@ -165,7 +183,7 @@ class Studio:
             logger.warning("voice %r: %s", found, error)
             message = f"The voice {name!r} cannot be spoken with by this model; make it again"
             raise ApiError(400, message, param="voice") from error
-        except (ValueError, OSError) as error:  # somebody removed it a moment ago
+        except (ValueError, OSError, AttributeError, KeyError) as error:  # somebody removed it a moment ago
             raise ApiError(
                 400, f"There is no voice {name!r} any more", param="voice", code="voice_not_found"
             ) from error
@@ -267,7 +285,7 @@ class Studio:
         except ValueError as error:
             raise ApiError(400, str(error), param="name") from error
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"recording{suffix}"
+            path = Path(folder) / f"recording{suffix if _SUFFIX.fullmatch(suffix) else ''}"
             path.write_bytes(recording)
             try:
                 check_recording(path)
@@ -283,3 +301,7 @@ class Studio:
             self.folder.add(name, voice)
         except FileExistsError as error:
             raise ApiError(409, f"There is a voice {name!r} already; take another name", param="name") from error
+
+
+def _reading_room() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(2, "neuron_xtts.serving.reading")  # which has threads once it is used

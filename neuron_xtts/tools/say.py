@@ -63,6 +63,9 @@ def _check(arguments: argparse.Namespace) -> str:
                 f"there is no recording {path}; if that is the text, it goes before --speaker-wav, or after --"
             )
         check_recording(path)
+    for path in (*(arguments.speaker_wav or ()), arguments.file):
+        if path and out and _STDOUT not in (path, out) and path.resolve() == out.resolve():
+            raise ValueError(f"{out} is read, and would be overwritten; name another file with -o")
     if out is None:
         saying.find_player()
         return "pcm"
@@ -87,7 +90,7 @@ def _text(arguments: argparse.Namespace) -> str:
         return _decoded(arguments.file.read_bytes(), str(arguments.file))
     if given and given != ["-"]:
         return " ".join(given)
-    if not given and not arguments.file and sys.stdin.isatty():
+    if not given and not arguments.file and (sys.stdin is None or sys.stdin.isatty()):
         raise ValueError("there is nothing to say: give a text, -f FILE, or a pipe")
     return _decoded(sys.stdin.buffer.read(), "standard input")
 
@@ -96,7 +99,9 @@ def _decoded(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is no text in UTF-8: {error}") from error
+        raise ValueError(
+            f"{name} is no text in UTF-8: {error}; convert it, such as by iconv -f latin1 -t utf-8"
+        ) from error
 
 
 def _speech(tts: Any, text: str, arguments: argparse.Namespace, options: PatchOptions) -> saying.Speech:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import socket
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neuron_xtts.coqui.models import check_checkpoint
 from neuron_xtts.errors import ExtraMissingError
 from neuron_xtts.options import PatchOptions
 from neuron_xtts.tools import commands
@@ -29,6 +33,8 @@ def run_serve(arguments: argparse.Namespace) -> int:
         _check_installed("ray", "ray")
     logging.getLogger("neuron_xtts").setLevel(logging.INFO)
     commands.quieten()
+    if arguments.checkpoint is not None:  # before a cluster is started
+        check_checkpoint(arguments.checkpoint)
     start = _start(arguments, commands.patch_options(arguments))
     return _on_ray(arguments, start) if arguments.ray else _here(arguments, start)
 
@@ -36,11 +42,27 @@ def run_serve(arguments: argparse.Namespace) -> int:
 def _here(arguments: argparse.Namespace, start: Start) -> int:
     import uvicorn
 
-    uvicorn.run(
+    listening = _bound(arguments.host, arguments.port)  # before minutes are spent on a model
+    server = uvicorn.Server(uvicorn.Config(
         start.make(), host=arguments.host, port=arguments.port, log_level="info", server_header=False,
         timeout_graceful_shutdown=arguments.grace, ws_max_size=2**18,
-    )  # fmt: skip
-    return 0
+    ))  # fmt: skip
+    with contextlib.suppress(KeyboardInterrupt):  # as servers are stopped
+        server.run([listening])
+    return 0 if server.started else 1
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that listens to nobody yet. Raises OSError if it can be none."""
+    try:
+        kind, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(kind)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        what = f"{host}:{port} cannot be listened at: {error.strerror}"
+        raise OSError(f"{what}; take another --host or --port") from error
+    return found
 
 
 def _on_ray(arguments: argparse.Namespace, start: Start) -> int:
@@ -64,6 +86,8 @@ def _start(arguments: argparse.Namespace, options: PatchOptions) -> Start:
     from neuron_xtts.serving.start import Start
     from neuron_xtts.serving.studio import Settings
 
+    if arguments.voices and arguments.voices.exists() and not arguments.voices.is_dir():
+        raise NotADirectoryError(f"{arguments.voices} is no folder of voices; name another one with --voices")
     settings = Settings(
         language=arguments.language,
         aliases=dict(arguments.alias),
@@ -82,10 +106,13 @@ def _start(arguments: argparse.Namespace, options: PatchOptions) -> Start:
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:
-    given = file.read_text(encoding="utf-8").splitlines() if file else os.environ.get(KEYS_VARIABLE, "").split(",")
+    variable = os.environ.get(KEYS_VARIABLE, "")
+    given = file.read_text(encoding="utf-8-sig").splitlines() if file else variable.split(",")
     keys = tuple(key.strip() for key in given if key.strip())
     if file and not keys:
         raise ValueError(f"{file} has no API key; expected one a line")
+    if variable and not keys:
+        raise ValueError(f"{KEYS_VARIABLE} is {variable!r}, which has no API key; expected some, separated by commas")
     return keys
 
 
@@ -102,7 +129,7 @@ def add_arguments(serving: argparse.ArgumentParser) -> None:
     serving.add_argument(
         "--host", default="127.0.0.1", help="to listen at; 0.0.0.0 is every one (default: %(default)s)"
     )
-    serving.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    serving.add_argument("--port", type=_whole(1, 65535), default=8000, help="(default: %(default)s)")
     serving.add_argument("--language", default="en", help="of text that says none (default: %(default)s)")
     serving.add_argument("--voices", type=Path, metavar="DIR", help="the folder of voices (default: the user's)")
     serving.add_argument(
@@ -116,20 +143,36 @@ def add_arguments(serving: argparse.ArgumentParser) -> None:
         "--allow-origin", action="append", default=[], metavar="URL", help="of web pages elsewhere that may call"
     )
     serving.add_argument("--no-uploads", action="store_true", help="clients may not add voices")
-    serving.add_argument("--requests", type=int, default=128, help="answered at once, at most (default: %(default)s)")
+    serving.add_argument(
+        "--requests", type=_whole(1), default=128, help="answered at once, at most (default: %(default)s)"
+    )
     serving.add_argument("--no-guard", action="store_true", help="without the one against hallucinated tails")
     serving.add_argument("--no-page", action="store_true", help="without the page at /ui, for which Gradio is needed")
-    serving.add_argument("--queue", type=int, default=64, help="calls that may wait (default: %(default)s)")
+    serving.add_argument("--queue", type=_whole(0), default=64, help="calls that may wait (default: %(default)s)")
     serving.add_argument(
-        "--grace", type=int, default=30, metavar="SECONDS", help="for what is spoken when it is stopped (default: 30)"
+        "--grace",
+        type=_whole(0),
+        default=30,
+        metavar="SECONDS",
+        help="for what is spoken when it is stopped (default: 30)",
     )
     cluster = serving.add_argument_group("on a cluster, by Ray Serve")
     cluster.add_argument("--ray", action="store_true", help="a replica of the model for each share of the cluster")
     cluster.add_argument("--address", help="of a cluster that runs (default: one that begins on this machine)")
-    cluster.add_argument("--replicas", type=int, default=1, help="at least (default: %(default)s)")
-    cluster.add_argument("--max-replicas", type=int, help="at most, as many as are busy (default: no more)")
-    cluster.add_argument("--cpus", type=int, help="of one replica (default: this machine's, shared among them)")
-    cluster.add_argument("--neuron-cores", type=int, default=0, help="of one replica (default: none)")
+    cluster.add_argument("--replicas", type=_whole(1), default=1, help="at least (default: %(default)s)")
+    cluster.add_argument("--max-replicas", type=_whole(1), help="at most, as many as are busy (default: no more)")
+    cluster.add_argument("--cpus", type=_whole(1), help="of one replica (default: this machine's, shared among them)")
+    cluster.add_argument("--neuron-cores", type=_whole(0), default=0, help="of one replica (default: none)")
+
+
+def _whole(least: int, most: int = 2**31) -> Callable[[str], int]:
+    def whole(value: str) -> int:
+        if not (value.isdecimal() and least <= int(value) <= most):
+            expected = f"{least} to {most}" if most < 2**31 else f"{least} or more"
+            raise argparse.ArgumentTypeError(f"{value!r} is not a whole number of {expected}")
+        return int(value)
+
+    return whole
 
 
 def _alias(value: str) -> tuple[str, Any]:

@@ -3,6 +3,7 @@
 import copy
 import json
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -255,3 +256,31 @@ def test_the_command(miniature, tmp_path, capsys):
     assert "is no voice" in run("list")[1]
     assert run("remove", "eff")[1].startswith("removed ")
     assert run("remove", "eff")[2].startswith("neuron-xtts: there is no voice 'eff'")
+
+
+def test_a_file_of_another_name(kept, tmp_path):
+    """Such as a browser gives what is there already: it is nobody's voice, and harms none."""
+    folder = VoiceFolder(tmp_path)
+    folder.add("ann", Voice.load(kept))
+    (tmp_path / "ann (1).safetensors").write_bytes(folder.path("ann").read_bytes())
+    assert list(folder) == ["ann"]
+    assert "ann (1)" not in folder
+    for name in ("ann (1)", "\U0001d49c" * 64):  # of more bytes than the name of a file may have
+        with pytest.raises(ValueError, match="cannot be the name of a voice"):
+            folder.path(name)
+
+
+def test_several_add_one(kept, tmp_path):
+    """At the same time: one of them does, and keeps it."""
+    folder, voice = VoiceFolder(tmp_path / "new"), Voice.load(kept)
+
+    def add(number):
+        try:
+            return folder.add("ann", voice)
+        except FileExistsError:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        added = list(pool.map(add, range(32)))
+    assert len(list(filter(None, added))) == 1
+    assert list(folder) == ["ann"]

@@ -21,7 +21,7 @@ from neuron_xtts.voice import VoiceFolder
 class Server:
     """A running one."""
 
-    def __init__(self, tts, folder, page=False, **settings):
+    def __init__(self, tts, folder, page=False, pings=20, **settings):
         self.tts = tts
         self.xtts = tts.synthesizer.tts_model
         self.folder = VoiceFolder(folder)
@@ -31,7 +31,8 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        config = uvicorn.Config(self.app, port=self.port, log_level="warning", ws_max_size=2**18)
+        config = uvicorn.Config(self.app, port=self.port, log_level="warning", ws_max_size=2**18,
+                                ws_ping_interval=pings, ws_ping_timeout=pings)  # fmt: skip
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run)
 
@@ -83,13 +84,13 @@ def serve(miniature_tts, voices, tmp_path_factory):
     """Start a server of a model of its own."""
 
     @contextlib.contextmanager
-    def start(patched=None, page=False, **settings):
+    def start(patched=None, page=False, pings=20, **settings):
         tts = copy.deepcopy(miniature_tts)
         neuron_xtts.patch(tts, **(patched or {}))
         folder = VoiceFolder(tmp_path_factory.mktemp("kept"))
         for name in voices:
             folder.add(name, voices.load(name))
-        with Server(tts, folder.root, page, **settings) as server:
+        with Server(tts, folder.root, page, pings, **settings) as server:
             yield server
         neuron_xtts.unpatch(tts)
 

@@ -64,7 +64,7 @@ def say(url, **changes):
 @pytest.mark.slow
 def test_options(miniature, voices, tmp_path):
     keys, log = tmp_path / "keys", tmp_path / "log"
-    keys.write_text("first\n\n second \n")
+    keys.write_text("\ufefffirst\n\n second \n")  # as editors on Windows write it
     page = "https://page.example"
     arguments = ("--voices", voices.root, "--api-key-file", keys, "--alias", "alloy=klatt", "--alias", "me=f5",
                  "--allow-origin", page, "--no-page", "--language", "de")  # fmt: skip
@@ -89,6 +89,8 @@ def test_options(miniature, voices, tmp_path):
         refused = httpx.get(url + "/v1/models", headers={"origin": page})  # whose reason the page can read
         assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, page)
         assert httpx.get(url + "/ui", headers=own).status_code == 404
+        names = [voice["id"] for voice in httpx.get(url + "/v1/audio/voices", headers=own).json()["data"]]
+        assert {"me", "f5", "alloy"} <= set(names)
         assert stopped(process, log), log.read_text()
 
 
@@ -111,13 +113,19 @@ def test_on_ray(miniature, voices, tmp_path):
         (["--api-key-file", "EMPTY"], "has no API key; expected one a line"),
         (["--api-key-file", "NOWHERE"], "No such file"),
         (["--language", "tlh"], "language 'tlh' is not known; expected one of "),
-        (["--checkpoint", "NOWHERE"], "NOWHERE"),
+        (["--checkpoint", "NOWHERE"], "NOWHERE has no config.json"),
+        (["--checkpoint", "NOWHERE", "--ray"], "NOWHERE has no config.json"),
+        (["--voices", "EMPTY"], "EMPTY is no folder of voices"),
+        (["--port", "TAKEN"], "cannot be listened at: Address already in use; take another --host or --port"),
+        (["--host", "nonsense.invalid"], "nonsense.invalid:8000 cannot be listened at: "),
     ],
 )
 def test_what_is_wrong(miniature, tmp_path, capsys, arguments, error):
     """Said in one line, before anything is served."""
     (tmp_path / "EMPTY").write_text("\n")
-    places = [str(tmp_path / each) if each.isupper() else each for each in arguments]
+    taken = socket.create_server(("127.0.0.1", 0))
+    words = {"EMPTY": tmp_path / "EMPTY", "NOWHERE": tmp_path / "NOWHERE", "TAKEN": taken.getsockname()[1]}
+    places = [str(words.get(each, each)) for each in arguments]
     assert main(["serve", "--no-page", "--checkpoint", str(miniature), *places]) == 1
     said = capsys.readouterr().err.strip().splitlines()
     assert error in said[-1]
@@ -125,8 +133,24 @@ def test_what_is_wrong(miniature, tmp_path, capsys, arguments, error):
     assert not any("Traceback" in line for line in said)
 
 
-def test_an_alias_that_is_none(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--alias", "alloy"], "'alloy' is not NAME=VOICE"),
+        (["--port", "99999"], "'99999' is not a whole number of 1 to 65535"),
+        (["--requests", "0"], "'0' is not a whole number of 1 or more"),
+        (["--grace", "-1"], "'-1' is not a whole number of 0 or more"),
+    ],
+)
+def test_wrong_arguments(capsys, arguments, error):
     with pytest.raises(SystemExit) as stop:
-        main(["serve", "--alias", "alloy"])
+        main(["serve", *arguments])
     assert stop.value.code == 2
-    assert "'alloy' is not NAME=VOICE" in capsys.readouterr().err
+    assert error in capsys.readouterr().err
+
+
+def test_keys_that_are_none(miniature, monkeypatch, capsys):
+    """Whoever meant to lock the door does not leave it open."""
+    monkeypatch.setenv("NEURON_XTTS_API_KEYS", " , ")
+    assert main(["serve", "--no-page", "--checkpoint", str(miniature)]) == 1
+    assert "which has no API key; expected some" in capsys.readouterr().err

@@ -49,7 +49,7 @@ def opened(browser, server, width=1280, height=1000, **options):
     page.on("pageerror", lambda error: wrong.append(str(error)))
     asked = []
     page.on("request", lambda request: asked.append(request.url))
-    page.goto(server.url + "/ui/", timeout=60000)
+    page.goto(server.url + "/ui", timeout=60000)
     page.wait_for_selector("#speak", timeout=60000)
     page.wait_for_function("window.neuronXtts && document.getElementById('figures')")
     yield page

@@ -1,6 +1,7 @@
 """On a local Ray: two replicas, their threads, one that dies in the middle, clients that vanish, a crowd."""
 
 import contextlib
+import inspect
 import os
 import signal
 import socket
@@ -168,5 +169,7 @@ def test_cores_are_asked_for():
     assert (options["num_cpus"], options["resources"]) == (8, {"neuron_cores": 2})
     assert deployment._deployment_config.autoscaling_config.max_replicas == 3
     assert deployment._deployment_config.max_queued_requests > 0
+    # By which Ray makes one of what ``serve run`` and a configuration file say.
+    assert inspect.signature(app).parameters["cluster"].annotation is Cluster
     with pytest.raises(ValueError, match="extra"):
         Cluster(nonsense=1)

@@ -9,6 +9,7 @@ from test_speech import same, samples_of, settings
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from neuron_xtts import BucketPlan
 from neuron_xtts.narration.encoding import to_int16
 
 CONFIG = {"type": "session.config", "model": "xtts-v2", "voice": "f5", "response_format": "pcm", "seed": 5}
@@ -197,3 +198,72 @@ def test_more_is_said_than_is_heard(server):
             assert time.monotonic() - start < 60
         assert client.receive()["type"] == "audio.start"
     server.wait_until_idle()
+
+
+@pytest.mark.slow
+def test_a_chapter_at_once(serve):
+    """Is all said, however long that takes: while sentences wait, the server hears answers to its pings."""
+    with serve(pings=0.5) as server, Client(server, stream_audio=False) as client:
+        client.say(*["the fox. "] * 100)
+        client.send(type="input.done")
+        found, done = client.sentences()
+        assert (len(found), done["total_sentences"]) == (100, 100)
+
+
+def test_more_than_can_wait(server):
+    """Is refused, and not kept."""
+    with Client(server) as client:
+        client.say(*["the fox. " * 7000] * 20)
+        while isinstance(message := client.receive(), bytes) or message["type"] != "error":
+            pass
+        assert "expected at most 1048576: send less ahead" in message["message"]
+        with pytest.raises(ConnectionClosed) as closed:
+            client.receive()
+        assert closed.value.rcvd.code == 1008
+    server.wait_until_idle()
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("no end " * 1000, "characters without an end of a sentence; expected at most 4096"),
+        ("[pause:30] [pause:1] the fox. ", "Pauses of 31 s, one after another; expected at most 30 s together"),
+    ],
+)
+def test_text_that_is_refused(server, text, what):
+    with Client(server) as client:
+        client.say(text)
+        client.send(type="input.done")
+        message = client.receive()
+        assert message["type"] == "error"
+        assert what in message["message"]
+        with pytest.raises(ConnectionClosed):
+            client.receive()
+
+
+def test_blanks(server):
+    """Cost nothing."""
+    with Client(server) as client:
+        began = time.monotonic()
+        client.say(*["the fox." + " " * 60000] * 3)
+        client.send(type="input.done")
+        found, _ = client.sentences()
+        assert len(found) == 3
+        assert time.monotonic() - began < 60
+
+
+def test_a_full_queue(serve):
+    """Is an error, and an end that says when it is over."""
+    with serve({"buckets": BucketPlan(slots=(1,)), "queue": 0}) as server, Client(server) as first:
+        first.say("the band plays an old song in the park. ")
+        while not isinstance(first.receive(), bytes):
+            pass
+        first.say(*["the band plays an old song. "] * 5)
+        with Client(server) as second:
+            second.say("the fox. ")
+            message = second.receive()
+            if message["type"] == "error":  # unless it came between two sentences
+                assert message["error"]["code"] == "queue_full"
+                with pytest.raises(ConnectionClosed) as closed:
+                    second.receive()
+                assert closed.value.rcvd.code == 1013

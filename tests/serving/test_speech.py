@@ -184,6 +184,7 @@ WRONG = [
     ({"speed": float("nan")}, "speed", "invalid_value"),
     ({"response_format": "midi"}, "response_format", "invalid_value"),
     ({"voice": 3}, "voice", "invalid_value"),
+    ({"temperature": 1e-40}, "temperature", "invalid_value"),
     ({"seed": 2**70}, "seed", "invalid_value"),
     ({"voice": "\ud800"}, "voice", "voice_not_found"),
 ]

@@ -182,6 +182,7 @@ def test_played(run, capsys, monkeypatch, tmp_path):
         (["-f", "latin-1.txt", "-o", "a.wav"], "latin-1.txt is no text in UTF-8"),
         (["-f", "none.txt", "-o", "a.wav"], "none.txt"),
         (["Hello.", "-f", "latin-1.txt", "-o", "a.wav"], "one of both"),
+        (["-f", "latin-1.txt", "-o", "latin-1.txt"], "latin-1.txt is read, and would be overwritten"),
         (["Hello.", "-o", "none/a.wav"], "there is no folder none"),
         (["Hello.", "-o", "a.wav", "--format", "wma"], "'wma'"),
         (["Hello.", "-o", "a.wma"], "'wma'"),
