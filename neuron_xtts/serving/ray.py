@@ -112,6 +112,7 @@ class _Named:
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
+                del headers["x-request-id"]  # Ray sends the same one
                 headers["x-replica-id"] = self._name
                 headers["x-replica-threads"] = str(torch.get_num_threads())
             await send(message)

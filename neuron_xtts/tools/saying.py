@@ -8,6 +8,7 @@ import hashlib
 import secrets
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,8 @@ from neuron_xtts.narration.parts import Parts, spans_of, write_whole
 from neuron_xtts.narration.text import Sentence
 from neuron_xtts.version import __version__
 from neuron_xtts.voice import Voice
+
+_UNHEARD = "audio open failed"  # which ffplay says where there is no loudspeaker, and exits as if there were one
 
 # By which name the voice is among the model's speakers.
 _SPEAKER = "neuron-xtts say"
@@ -253,18 +256,24 @@ def play(speech: Speech, command: Sequence[str]) -> Said:
     Raises:
         OSError: it fails, or is closed.
     """
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as player:
-        assert player.stdin is not None
-        try:
-            said = as_it_is_made(speech, player.stdin, "pcm")
-            player.stdin.close()
-        except BrokenPipeError:
-            raise OSError(f"{Path(command[0]).name} ended before all was played") from None
-        except BaseException:
-            player.kill()
-            raise
-    if player.returncode:
-        raise OSError(f"{Path(command[0]).name} failed with exit status {player.returncode}; write a file with -o")
+    said = None
+    with tempfile.TemporaryFile() as told:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=told) as player:
+            assert player.stdin is not None
+            try:
+                said = as_it_is_made(speech, player.stdin, "pcm")
+                player.stdin.close()
+            except BrokenPipeError:
+                with contextlib.suppress(BrokenPipeError):
+                    player.stdin.close()
+            except BaseException:
+                player.kill()
+                raise
+        told.seek(0)
+        lines = told.read().decode(errors="replace").split("\n")
+    if said is None or player.returncode or _UNHEARD in " ".join(lines):
+        why = next(filter(None, map(str.strip, reversed(lines))), f"exit status {player.returncode}")
+        raise OSError(f"{Path(command[0]).name} could not play it: {why[:200]}; write a file with -o")
     return said
 
 

@@ -102,6 +102,7 @@ def test_on_ray(miniature, voices, tmp_path):
     with started(miniature, log, *arguments, "--alias", "alloy=klatt") as (url, process):
         spoken, headers = say(url, voice="alloy")
         assert headers["x-replica-threads"] == "1"
+        assert len(headers.get_list("x-request-id")) == 1
         assert len(spoken) > 5000
         same(spoken, say(url, voice="klatt")[0])
         assert stopped(process, log), log.read_text()

@@ -171,6 +171,13 @@ def test_played(run, capsys, monkeypatch, tmp_path):
     player.write_text("#!/bin/sh\n/bin/cat > /dev/null\nexit 3\n")
     capsys.readouterr()
     assert "exit status 3" in refused(capsys, run("Hello.", "--stream"))
+    # As ffplay does where there is no loudspeaker: it says so among other things, and exits as if there were one.
+    player.write_text("#!/bin/sh\necho 'audio open failed\n' >&2\n/bin/cat > /dev/null\n")
+    assert "aplay could not play it: audio open failed; write a file with -o" in refused(
+        capsys, run("Hello.", "--stream")
+    )
+    player.write_text("#!/bin/sh\necho 'no such device' >&2\nexit 1\n")
+    assert "aplay could not play it: no such device; write a file" in refused(capsys, run("Hello.", "--stream"))
 
 
 @pytest.mark.parametrize(
