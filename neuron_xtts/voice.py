@@ -257,8 +257,8 @@ class VoiceFolder:
         """The file of a voice, there or not. Raises ValueError if the name can be none."""
         if not _is_name(name):
             raise ValueError(
-                f"{name!r} cannot be the name of a voice; expected at most 64 letters, digits, spaces, dots, dashes, "
-                "underscores and apostrophes, the first and the last of them a letter or digit"
+                f"{name!r} cannot be the name of a voice; expected at most 64 letters (192 bytes), digits, spaces, "
+                "dots, dashes, underscores and apostrophes, the first and the last of them a letter or digit"
             )
         return self.root / f"{name}{SUFFIX}"
 

@@ -107,8 +107,7 @@ def router(studio: Studio, metrics: Metrics, page: str | None) -> APIRouter:
         if len(recording) > studio.settings.recording:
             message = f"audio_sample has {len(recording)} bytes; expected at most {studio.settings.recording}"
             raise ApiError(413, message, param="audio_sample")
-        suffix = PurePath(audio_sample.filename or "").suffix
-        await studio.add(name, recording, suffix if suffix[1:].isalnum() and suffix.isascii() else "")
+        await studio.add(name, recording, PurePath(audio_sample.filename or "").suffix)
         return json_response({"object": "audio.voice", "id": name, "name": name, "created_at": int(time.time())})
 
     return routes

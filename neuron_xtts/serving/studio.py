@@ -37,7 +37,7 @@ ALIASES = (
 
 T = TypeVar("T")
 
-_SUFFIX = re.compile(r"\.\w{1,8}", re.ASCII)  # of a recording
+_SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,8}")  # of a recording
 _KEPT = 64  # voices in memory
 _TRIAL = "One, two, three."
 

@@ -33,8 +33,6 @@ def run_serve(arguments: argparse.Namespace) -> int:
         _check_installed("ray", "ray")
     logging.getLogger("neuron_xtts").setLevel(logging.INFO)
     commands.quieten()
-    if arguments.checkpoint is not None:  # before a cluster is started
-        check_checkpoint(arguments.checkpoint)
     start = _start(arguments, commands.patch_options(arguments))
     return _on_ray(arguments, start) if arguments.ray else _here(arguments, start)
 
@@ -42,13 +40,13 @@ def run_serve(arguments: argparse.Namespace) -> int:
 def _here(arguments: argparse.Namespace, start: Start) -> int:
     import uvicorn
 
-    listening = _bound(arguments.host, arguments.port)  # before minutes are spent on a model
-    server = uvicorn.Server(uvicorn.Config(
-        start.make(), host=arguments.host, port=arguments.port, log_level="info", server_header=False,
-        timeout_graceful_shutdown=arguments.grace, ws_max_size=2**18,
-    ))  # fmt: skip
-    with contextlib.suppress(KeyboardInterrupt):  # as servers are stopped
-        server.run([listening])
+    with _bound(arguments.host, arguments.port) as listening:  # before minutes are spent on a model
+        server = uvicorn.Server(uvicorn.Config(
+            start.make(), host=arguments.host, port=arguments.port, log_level="info", server_header=False,
+            timeout_graceful_shutdown=arguments.grace, ws_max_size=2**18,
+        ))  # fmt: skip
+        with contextlib.suppress(KeyboardInterrupt):  # as servers are stopped
+            server.run([listening])
     return 0 if server.started else 1
 
 
@@ -71,6 +69,8 @@ def _on_ray(arguments: argparse.Namespace, start: Start) -> int:
 
     from neuron_xtts.serving.ray import Cluster, deploy
 
+    if start.checkpoint is not None:  # before a cluster is started
+        check_checkpoint(start.checkpoint)
     cluster = Cluster(
         replicas=arguments.replicas, most_replicas=arguments.max_replicas, requests=arguments.requests,
         cpus=arguments.cpus or max((os.cpu_count() or 1) // arguments.replicas, 1),
