@@ -23,6 +23,11 @@ class Claim:
         if self._first is None:
             self._first = torch.get_rng_state()
 
+    @property
+    def drew(self) -> bool:
+        """Whether there is something to undo."""
+        return self._first is not None
+
     def rewind(self) -> None:
         """Undo what it drew."""
         if self._first is not None:

@@ -319,7 +319,7 @@ class Dispatcher:
         except QueueFullError:
             raise
         except Exception as error:
-            if claim is not None:
+            if claim is not None and claim.drew:
                 with self._turn(self._turns):
                     claim.rewind()
             expected = isinstance(error, Fallback)

@@ -61,12 +61,10 @@ def create_app(
     if page:
         mount(app, studio)
     app.state.studio = studio
-    recording = settings.recording + _FORM
     # The last one is met first.
-    upload = f"{PAGE}/gradio_api/upload"
     app.add_middleware(
-        Gate, keys=settings.keys, origins=settings.origins, most=_BODY, closed=() if settings.uploads else (upload,),
-        most_of={"/v1/audio/voices": recording, upload: recording, "/tts_stream": _BODY_OF_NUMBERS},
+        Gate, keys=settings.keys, origins=settings.origins, most=_BODY, closed={f"{PAGE}/gradio_api/upload"},
+        most_of={"/v1/audio/voices": settings.recording + _FORM, "/tts_stream": _BODY_OF_NUMBERS},
     )  # fmt: skip
     if settings.origins:  # before the gate: a browser asks without a key whether it may call with one
         app.add_middleware(

@@ -36,7 +36,7 @@ class Gate:
         most: bytes of a body.
         most_of: the same for some paths.
         origins: of web pages that may open a WebSocket, beside those of this server itself; ``*`` is any.
-        closed: paths where nothing is let in.
+        closed: paths where nothing is let in, such as one whose answers name files of this machine.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Gate:
             if not self._knows(headers, scope["path"]):
                 raise ApiError(401, "The API key is missing or wrong; expected Authorization: Bearer KEY")
             if scope["path"].rstrip("/") in self._closed:
-                raise ApiError(403, "This server takes no recordings of clients")
+                raise ApiError(403, "Nothing is uploaded here; a voice is added by POST /v1/audio/voices")
             await self._app(scope, self._limited(scope["path"], headers, receive), answer)
         except Exception as error:
             if begun:  # nothing but the connection's end can say it

@@ -4,7 +4,8 @@ window.neuronXtts = (() => {
   const LEAD = 0.2; // seconds that are played later, so that the next piece is there in time
   const AGAIN = 0.05; // the same after a gap; what is to begin at once begins late, and the next piece would overlap it
   const root = location.pathname.replace(/\/ui\/?$/, "/");
-  const state = { context: null, output: null, controller: null, sources: new Set(), gaps: 0, played: [] };
+  const state = { context: null, output: null, controller: null, sources: new Set(), gaps: 0, recording: null,
+    recorder: null };
 
   const at = (id) => document.getElementById(id);
   const show = (id, text) => { if (at(id)) at(id).textContent = text; };
@@ -131,18 +132,52 @@ window.neuronXtts = (() => {
     at("download").replaceChildren(link);
   }
 
-  async function keep(name, recording) {
+  // The voice to be kept: a file, or what the microphone heard.
+  function take(recording) {
+    show("problem", "");
+    show("kept", "");
+    URL.revokeObjectURL(at("recording").src);
+    state.recording = recording || null;
+    at("recording").hidden = !recording;
+    at("recording").src = recording ? URL.createObjectURL(recording) : "";
+  }
+
+  async function record() {
+    if (state.recorder) return state.recorder.stop();
+    show("problem", "");
+    try {
+      if (!navigator.mediaDevices) throw new Error("Browsers record on pages of this machine, or by HTTPS, only");
+      const stream = await navigator.mediaDevices.getUserMedia({ audio: true });
+      const recorder = state.recorder = new MediaRecorder(stream);
+      const parts = [];
+      recorder.ondataavailable = (event) => parts.push(event.data);
+      recorder.onstop = () => {
+        stream.getTracks().forEach((track) => track.stop());
+        state.recorder = null;
+        at("record").textContent = "Record";
+        at("file").value = "";
+        take(new Blob(parts, { type: recorder.mimeType }));
+      };
+      recorder.start();
+      at("record").textContent = "End the recording";
+    } catch (error) {
+      show("problem", error.message);
+    }
+  }
+
+  async function keep(name) {
     show("problem", "");
     show("kept", "");
     try {
-      if (!recording) throw new Error("Record or upload a voice first");
-      const file = await (await fetch(recording.url)).blob();
+      const most = Number(at("file").dataset.most);
+      if (!state.recording) throw new Error("Record a voice or choose a file first");
+      if (state.recording.size > most) throw new Error(`The recording is larger than ${most} bytes`);
       const form = new FormData();
       form.append("name", name);
-      form.append("audio_sample", file, recording.orig_name || "recording.wav");
+      form.append("audio_sample", state.recording, state.recording.name || "recording");
       show("kept", "making the voice ...");
       await call("v1/audio/voices", { method: "POST", body: form });
-      show("kept", `kept as ${name}: choose it above`);
+      show("kept", `kept as ${name}: chosen above`);
       return name;
     } catch (error) {
       show("kept", "");
@@ -180,5 +215,5 @@ window.neuronXtts = (() => {
   }
 
   setInterval(refresh, 1000);
-  return { speak, stop, keep, refresh, state, player };
+  return { speak, stop, take, record, keep, refresh, state, player };
 })();

@@ -21,12 +21,20 @@ _CSS = """
 .gradio-container {max-width: 960px !important; margin: 0 auto !important}
 #problem {color: #b91c1c; font-weight: 600; min-height: 1.4em}
 .dark #problem {color: #fca5a5}
+#file {display: block; width: 0; min-width: 100%; margin: .4em 0}
+#recording {width: 100%}
 #figures, #kept, #speaking, #download {min-height: 1.4em}
 #status {overflow-x: auto}
-#status table {border-collapse: collapse; border: none !important; margin: .5em 0; width: 100%}
+#status table, #status tr {border: none !important}
+#status table {border-collapse: collapse; margin: .5em 0; width: 100%}
 #status th, #status td {text-align: left; padding: .2em .8em .2em 0; border: none; border-bottom: 1px solid #8884}
 """
 _RESULT = '<div id="problem" role="alert"></div><div id="figures" aria-live="polite"></div><div id="download"></div>'
+# A recording stays in the browser until it is kept: Gradio's own upload would store it, and answer where.
+_RECORDING = (
+    '<label>Recording <input id="file" type="file" accept="audio/*" data-most="{most}" '
+    'onchange="neuronXtts.take(this.files[0])"></label><audio id="recording" controls hidden></audio>'
+)
 _STATUS = '<div id="speaking"></div><table id="graphs"></table><table id="fallbacks"></table>'
 
 
@@ -47,8 +55,7 @@ def mount(app: FastAPI, studio: Studio) -> None:
     script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
     gradio.mount_gradio_app(
         app, _form(studio), PAGE, theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-        css=_CSS, head=f"<script>{script}</script>", max_file_size=studio.settings.recording, footer_links=[],
-        ssr_mode=False, pwa=False,
+        css=_CSS, head=f"<script>{script}</script>", footer_links=[], ssr_mode=False, pwa=False,
     )  # fmt: skip
 
 
@@ -59,8 +66,7 @@ def _form(studio: Studio) -> Any:
         names = studio.voices()
         return gr.Dropdown(choices=names, value=names[0] if names else None)
 
-    # Recordings that were uploaded are deleted after ten minutes, and when the server ends.
-    with gr.Blocks(title="neuron_xtts", analytics_enabled=False, delete_cache=(600, 600)) as form:
+    with gr.Blocks(title="neuron_xtts", analytics_enabled=False) as form:
         gr.Markdown("# neuron_xtts\nXTTS v2, heard while it is made.")
         text = gr.Textbox(_EXAMPLE, label="Text", lines=4, max_length=studio.settings.characters, elem_id="text")
         with gr.Row():
@@ -78,13 +84,14 @@ def _form(studio: Studio) -> Any:
         if studio.settings.uploads:
             with gr.Accordion("A voice of your own", open=False, elem_id="own"):
                 gr.Markdown("Ten seconds of one person speaking, without music. Ask that person first.")
-                recording = gr.Audio(sources=["upload", "microphone"], type="filepath", label="Recording",
-                                     elem_id="recording")  # fmt: skip
+                gr.HTML(_RECORDING.format(most=studio.settings.recording), padding=False)
+                record = gr.Button("Record", elem_id="record")
                 name = gr.Textbox(label="Name", elem_id="name")
                 keep = gr.Button("Keep this voice", elem_id="keep")
                 gr.HTML('<div id="kept" aria-live="polite"></div>')
             chosen = gr.Textbox(visible="hidden")
-            keep.click(None, [name, recording], chosen, js="(name, file) => window.neuronXtts.keep(name, file)")
+            record.click(None, None, None, js="() => { window.neuronXtts.record() }")
+            keep.click(None, name, chosen, js="(name) => window.neuronXtts.keep(name)")
             chosen.change(
                 lambda kept: gr.Dropdown(choices=studio.voices(), **({"value": kept} if kept else {})), chosen, voice,
                 show_progress="hidden", api_visibility="private",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -62,34 +64,30 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", help="inf2, trn1, trn1n or trn2 (default: this machine)")
 
 
-def whole(value: str) -> int:
-    """A whole number."""
-    try:
-        return int(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number") from None
+def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """What reads an argument that is a whole number between two others."""
+
+    def read(value: str) -> int:
+        try:
+            if least <= int(value) <= most:
+                return int(value)
+        except ValueError:
+            pass
+        limits = f"from {least} on" if most == math.inf else f"from {least} to {most}"
+        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number {limits}")
+
+    return read
 
 
-def seed(value: str) -> int:
-    """A number that torch's generators can be seeded with."""
-    number = whole(value)
-    if not -(2**63) <= number < 2**64:
-        raise argparse.ArgumentTypeError(f"{number} is not between -2**63 and 2**64 - 1")
-    return number
-
-
-def positive(value: str) -> int:
-    """A whole number above zero."""
-    number = whole(value)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
-    return number
+positive = whole(1)
+#: What torch's generators can be seeded with.
+seed = whole(-(2**63), 2**64 - 1)
 
 
 def assignment(value: str) -> tuple[str, str]:
     """What is before and behind an equals sign."""
     name, equals, rest = value.partition("=")
-    if not equals:
+    if not (name and equals):
         raise argparse.ArgumentTypeError(f"{value!r} is not NAME=VALUE")
     return name, rest
 

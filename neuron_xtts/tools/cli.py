@@ -270,7 +270,7 @@ def _add_judge(subparsers: Subparsers) -> None:
     )
     judge.add_argument("--texts", type=Path, metavar="FILE", required=True, help="English, one sentence a line")
     judge.add_argument("--limit", type=positive, metavar="N", help="only the first sentences")
-    judge.add_argument("--seeds", type=int, nargs="+", default=[1], help="of each sentence (default: 1)")
+    judge.add_argument("--seeds", type=seed, nargs="+", default=[1], help="of each sentence (default: 1)")
     judge.add_argument("--precisions", nargs="+", metavar="NAME", help="(default: all that the backend has)")
     add_backend(judge)
     add_plan(judge)

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from neuron_xtts.coqui.models import check_checkpoint
 from neuron_xtts.errors import ExtraMissingError
 from neuron_xtts.options import PatchOptions
 from neuron_xtts.tools import commands
+from neuron_xtts.tools.arguments import positive, whole
 
 if TYPE_CHECKING:
     from neuron_xtts.serving.start import Start
@@ -129,7 +129,7 @@ def add_arguments(serving: argparse.ArgumentParser) -> None:
     serving.add_argument(
         "--host", default="127.0.0.1", help="to listen at; 0.0.0.0 is every one (default: %(default)s)"
     )
-    serving.add_argument("--port", type=_whole(1, 65535), default=8000, help="(default: %(default)s)")
+    serving.add_argument("--port", type=whole(1, 65535), default=8000, help="(default: %(default)s)")
     serving.add_argument("--language", default="en", help="of text that says none (default: %(default)s)")
     serving.add_argument("--voices", type=Path, metavar="DIR", help="the folder of voices (default: the user's)")
     serving.add_argument(
@@ -144,14 +144,14 @@ def add_arguments(serving: argparse.ArgumentParser) -> None:
     )
     serving.add_argument("--no-uploads", action="store_true", help="clients may not add voices")
     serving.add_argument(
-        "--requests", type=_whole(1), default=128, help="answered at once, at most (default: %(default)s)"
+        "--requests", type=positive, default=128, help="answered at once, at most (default: %(default)s)"
     )
     serving.add_argument("--no-guard", action="store_true", help="without the one against hallucinated tails")
     serving.add_argument("--no-page", action="store_true", help="without the page at /ui, for which Gradio is needed")
-    serving.add_argument("--queue", type=_whole(0), default=64, help="calls that may wait (default: %(default)s)")
+    serving.add_argument("--queue", type=whole(0), default=64, help="calls that may wait (default: %(default)s)")
     serving.add_argument(
         "--grace",
-        type=_whole(0),
+        type=whole(0),
         default=30,
         metavar="SECONDS",
         help="for what is spoken when it is stopped (default: 30)",
@@ -159,20 +159,10 @@ def add_arguments(serving: argparse.ArgumentParser) -> None:
     cluster = serving.add_argument_group("on a cluster, by Ray Serve")
     cluster.add_argument("--ray", action="store_true", help="a replica of the model for each share of the cluster")
     cluster.add_argument("--address", help="of a cluster that runs (default: one that begins on this machine)")
-    cluster.add_argument("--replicas", type=_whole(1), default=1, help="at least (default: %(default)s)")
-    cluster.add_argument("--max-replicas", type=_whole(1), help="at most, as many as are busy (default: no more)")
-    cluster.add_argument("--cpus", type=_whole(1), help="of one replica (default: this machine's, shared among them)")
-    cluster.add_argument("--neuron-cores", type=_whole(0), default=0, help="of one replica (default: none)")
-
-
-def _whole(least: int, most: int = 2**31) -> Callable[[str], int]:
-    def whole(value: str) -> int:
-        if not (value.isdecimal() and least <= int(value) <= most):
-            expected = f"{least} to {most}" if most < 2**31 else f"{least} or more"
-            raise argparse.ArgumentTypeError(f"{value!r} is not a whole number of {expected}")
-        return int(value)
-
-    return whole
+    cluster.add_argument("--replicas", type=positive, default=1, help="at least (default: %(default)s)")
+    cluster.add_argument("--max-replicas", type=positive, help="at most, as many as are busy (default: no more)")
+    cluster.add_argument("--cpus", type=positive, help="of one replica (default: this machine's, shared among them)")
+    cluster.add_argument("--neuron-cores", type=whole(0), default=0, help="of one replica (default: none)")
 
 
 def _alias(value: str) -> tuple[str, Any]:

@@ -143,9 +143,9 @@ def test_what_is_wrong(miniature, tmp_path, capsys, arguments, error):
     ("arguments", "error"),
     [
         (["--alias", "alloy"], "'alloy' is not NAME=VOICE"),
-        (["--port", "99999"], "'99999' is not a whole number of 1 to 65535"),
-        (["--requests", "0"], "'0' is not a whole number of 1 or more"),
-        (["--grace", "-1"], "'-1' is not a whole number of 0 or more"),
+        (["--port", "99999"], "'99999' is not a whole number from 1 to 65535"),
+        (["--requests", "0"], "'0' is not a whole number from 1 on"),
+        (["--grace", "-1"], "'-1' is not a whole number from 0 on"),
     ],
 )
 def test_wrong_arguments(capsys, arguments, error):

@@ -152,6 +152,19 @@ def test_sentences_and_pauses(server):
     assert second["start"] == pytest.approx(first["end"] + 0.5, abs=1e-3)
 
 
+def test_many_pauses(server, client):
+    """Each may be long, and there may be many; but not one after another without a word between them."""
+    spoken = {"model": "x", "voice": "f5", "response_format": "pcm", "extra_body": {"seed": 3}}
+    long = client.audio.speech.create(input="[pause:30] the fox. [pause:29.5]" + " [pause:0.125]" * 4, **spoken)
+    samples = np.frombuffer(long.content, np.int16)
+    assert not samples[: 30 * 24000].any()
+    assert not samples[-30 * 24000 :].any()
+    alone = np.frombuffer(client.audio.speech.create(input="the fox.", **spoken).content, np.int16)
+    assert same(samples[30 * 24000 : -30 * 24000], alone)
+    with pytest.raises(openai.BadRequestError, match="Pauses of 40 s, one after another; expected at most 30 s"):
+        client.audio.speech.create(input="the fox. " + "[pause:10] " * 4, **spoken)
+
+
 def test_speed(server, client, expected):
     fast = client.audio.speech.create(
         model="x", voice="f5", input=TEXT, response_format="pcm", speed=2.0, extra_body={"seed": 7}
