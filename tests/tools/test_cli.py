@@ -242,6 +242,28 @@ def test_bench_batch(tmp_path, capsys):
     assert pictures(tmp_path) == ["batch-timeline-fp32.png", "batch.png"]
 
 
+@pytest.mark.slow
+def test_bench_serve(capsys, tmp_path):
+    """The server gives as much audio as the library, and what is later is said of medians and of rounds."""
+    file = tmp_path / "serve.json"
+    command = ["bench", "serve", "--small", "--rounds", "3", "--codes", "25", "--callers", "1", "2", "--json", str(file)]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    results = json.loads(file.read_text())
+    for callers in (1, 2):
+        first = {}
+        for who in ("library", "server"):
+            crowds = results["samples"][str(callers)][who]
+            assert [len(crowd["first"]) for crowd in crowds] == [callers] * 3
+            assert all(0 < second < crowd["seconds"] for crowd in crowds for second in crowd["first"])
+            first[who] = np.array([np.median(crowd["first"]) for crowd in crowds])
+            assert results["medians"][str(callers)][who]["TTFA"] == pytest.approx(np.median(first[who]))
+        audio = {crowd["audio"] for crowds in results["samples"][str(callers)].values() for crowd in crowds}
+        assert audio == {callers * results["samples"]["1"]["library"][0]["audio"]}
+        low, middle, high = 1e3 * np.quantile(first["server"] - first["library"], (0.25, 0.5, 0.75))
+        assert f"{middle:+.0f} ({low:+.0f} to {high:+.0f}) ms" in out
+
+
 def test_silence():
     """A listener plays the first chunk at once, and waits where the next is late."""
     second = 24000

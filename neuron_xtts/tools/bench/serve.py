@@ -106,14 +106,23 @@ class ServeResults(Benchmark):
         for callers, figures in self.medians().items():
             library, server = figures[LIBRARY], figures[SERVER]
             later = 1e3 * (server["TTFA"] - library["TTFA"])
+            low, middle, high = self._later(callers)
+            by_round = f"{middle:+.0f} ({low:+.0f} to {high:+.0f}) ms"
             share = server["audio per second"] / library["audio per second"]
             rows.append((
                 self.precision, str(callers), f"{library['TTFA']:.2f} s", f"{server['TTFA']:.2f} s", f"{later:+.0f} ms",
-                f"{library['audio per second']:.2f}", f"{server['audio per second']:.2f}", f"{share:.0%}",
+                by_round, f"{library['audio per second']:.2f}", f"{server['audio per second']:.2f}", f"{share:.0%}",
             ))  # fmt: skip
-        names = ("precision", "callers", "TTFA, library", "TTFA, server", "later", "audio per second, library",
-                 "server", "share")  # fmt: skip
+        names = ("precision", "callers", "TTFA, library", "TTFA, server", "later", "later in a round (quartiles)",
+                 "audio per second, library", "server", "share")  # fmt: skip
         return [(names, rows)]
+
+    def _later(self, callers: int) -> list[float]:
+        """Quartiles of the ms by which first audio is later from the server, round by round: machines drift."""
+        by_who = self.samples[callers]
+        first = {who: [statistics.median(crowd.first) for crowd in crowds] for who, crowds in by_who.items()}
+        later = [1e3 * (server - own) for server, own in zip(first[SERVER], first[LIBRARY], strict=True)]
+        return statistics.quantiles(later * 2 if len(later) == 1 else later, n=4, method="inclusive")
 
     def draw(self, path: Path) -> None:
         """Draw the time to the first audio."""
