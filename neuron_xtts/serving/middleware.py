@@ -71,8 +71,7 @@ class Gate:
         request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         begun = False
-
-        cookie = self._cookie(headers)
+        path, cookie = _path(scope), self._cookie(headers)
 
         async def answer(message: Message) -> None:
             nonlocal begun
@@ -80,18 +79,18 @@ class Gate:
                 begun = True
                 sent = MutableHeaders(scope=message)
                 sent["x-request-id"] = request_id
-                if message["status"] == 401 and scope["path"].startswith(PAGE):  # a browser asks its user for it
+                if message["status"] == 401 and path.startswith(PAGE):  # a browser asks its user for it
                     sent["www-authenticate"] = 'Basic realm="neuron_xtts", charset="UTF-8"'
                 elif cookie:
                     sent.append("set-cookie", cookie)
             await send(message)
 
         try:
-            if not self._knows(headers, scope["path"]):
+            if not self._knows(headers, path):
                 raise ApiError(401, "The API key is missing or wrong; expected Authorization: Bearer KEY")
-            if scope["path"].rstrip("/") in self._closed:
+            if path.rstrip("/") in self._closed:
                 raise ApiError(403, "Nothing is uploaded here; a voice is added by POST /v1/audio/voices")
-            await self._app(scope, self._limited(scope["path"], headers, receive), answer)
+            await self._app(scope, self._limited(path, headers, receive), answer)
         except Exception as error:
             if begun:  # nothing but the connection's end can say it
                 logger.error("request %s failed while it was answered", request_id)
@@ -100,7 +99,7 @@ class Gate:
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        if not self._knows(headers, scope["path"]) or not self._is_welcome(headers):
+        if not self._knows(headers, _path(scope)) or not self._is_welcome(headers):
             await receive()  # that it connects
             await send({"type": "websocket.close", "code": 1008, "reason": "no valid API key, or a page of elsewhere"})
             return
@@ -146,6 +145,12 @@ class Gate:
             return message
 
         return limited
+
+
+def _path(scope: Scope) -> str:
+    """Of a request, from where the application is mounted on."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _given(headers: Headers) -> bytes:

@@ -145,6 +145,7 @@ window.neuronXtts = (() => {
   async function record() {
     if (state.recorder) return state.recorder.stop();
     show("problem", "");
+    at("record").disabled = true; // until the microphone is allowed or refused
     try {
       if (!navigator.mediaDevices) throw new Error("Browsers record on pages of this machine, or by HTTPS, only");
       const stream = await navigator.mediaDevices.getUserMedia({ audio: true });
@@ -162,6 +163,8 @@ window.neuronXtts = (() => {
       at("record").textContent = "End the recording";
     } catch (error) {
       show("problem", error.message);
+    } finally {
+      at("record").disabled = false;
     }
   }
 

@@ -1,5 +1,7 @@
 """Models, voices, health, figures, keys; and the calls of servers that are no longer maintained."""
 
+import asyncio
+import copy
 import re
 import time
 
@@ -10,7 +12,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from test_speech import JSON, same, samples_of, settings
 
+import neuron_xtts
 from neuron_xtts.narration.encoding import to_int16
+from neuron_xtts.serving.app import create_app
+from neuron_xtts.serving.studio import Settings
+from neuron_xtts.voice import VoiceFolder
 
 
 def test_models(server):
@@ -91,13 +97,6 @@ def test_keys(serve):
 
 def test_health(miniature_tts, voices):
     """Not ready before it has spoken; ready without any voice, too."""
-    import asyncio
-    import copy
-
-    import neuron_xtts
-    from neuron_xtts.serving.app import create_app
-    from neuron_xtts.voice import VoiceFolder
-
     tts = copy.deepcopy(miniature_tts)
     with pytest.raises(ValueError, match="not patched"):
         create_app(tts, voices=voices)
@@ -115,6 +114,34 @@ def test_health(miniature_tts, voices):
     assert (before.status_code, before.json()) == (503, {"status": "starting"})
     assert (after.status_code, after.json()) == (200, {"status": "ok"})
     assert listed.json()["data"] == []
+
+
+def test_below_a_path(miniature_tts, voices):
+    """Behind a proxy that has it at a path of its own, what holds for paths holds there."""
+    tts = copy.deepcopy(miniature_tts)
+    neuron_xtts.patch(tts)
+    app = create_app(tts, voices=voices, settings=Settings(keys=("secret",)), page=True)
+
+    async def ask():
+        transport = httpx.ASGITransport(app=app, root_path="/tts")
+        key = {"authorization": "Bearer secret"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://x/tts") as client:
+            yield await client.get("/health"), 503, "starting"
+            yield await client.get("/v1/models"), 401, "The API key is missing"
+            yield await client.get("/v1/models", headers=key), 200, "xtts-v2"
+            large = {"audio_sample": bytes(2 << 20)}
+            yield (
+                await client.post("/v1/audio/voices", data={"name": "a"}, files=large, headers=key), 400,
+                "cannot be read as a recording",
+            )  # fmt: skip
+            yield await client.post("/ui/gradio_api/upload", files={"files": b"x"}, headers=key), 403, "Nothing is up"
+
+    async def check():
+        async for answer, status, says in ask():
+            assert answer.status_code == status, answer.text
+            assert says in answer.text
+
+    asyncio.run(check())
 
 
 def test_metrics(server):

@@ -246,7 +246,20 @@ def test_bench_batch(tmp_path, capsys):
 def test_bench_serve(capsys, tmp_path):
     """The server gives as much audio as the library, and what is later is said of medians and of rounds."""
     file = tmp_path / "serve.json"
-    command = ["bench", "serve", "--small", "--rounds", "3", "--codes", "25", "--callers", "1", "2", "--json", str(file)]
+    command = [
+        "bench",
+        "serve",
+        "--small",
+        "--rounds",
+        "3",
+        "--codes",
+        "25",
+        "--callers",
+        "1",
+        "2",
+        "--json",
+        str(file),
+    ]
     assert main(command) == 0
     out = capsys.readouterr().out
     results = json.loads(file.read_text())
