@@ -103,10 +103,12 @@ class ServeResults(Benchmark):
     def tables(self) -> list[Table]:
         """One, with the ratios that matter."""
         rows = []
-        for callers, figures in self.medians().items():
+        medians = self.medians()
+        for callers, by_who in self.samples.items():
+            figures = medians[callers]
             library, server = figures[LIBRARY], figures[SERVER]
             later = 1e3 * (server["TTFA"] - library["TTFA"])
-            low, middle, high = self._later(callers)
+            low, middle, high = _later(by_who)
             by_round = f"{middle:+.0f} ({low:+.0f} to {high:+.0f}) ms"
             share = server["audio per second"] / library["audio per second"]
             rows.append((
@@ -116,13 +118,6 @@ class ServeResults(Benchmark):
         names = ("precision", "callers", "TTFA, library", "TTFA, server", "later", "later in a round (quartiles)",
                  "audio per second, library", "server", "share")  # fmt: skip
         return [(names, rows)]
-
-    def _later(self, callers: int) -> list[float]:
-        """Quartiles of the ms by which first audio is later from the server, round by round: machines drift."""
-        by_who = self.samples[callers]
-        first = {who: [statistics.median(crowd.first) for crowd in crowds] for who, crowds in by_who.items()}
-        later = [1e3 * (server - own) for server, own in zip(first[SERVER], first[LIBRARY], strict=True)]
-        return statistics.quantiles(later * 2 if len(later) == 1 else later, n=4, method="inclusive")
 
     def draw(self, path: Path) -> None:
         """Draw the time to the first audio."""
@@ -174,6 +169,13 @@ def bench_serve(
     results = ServeResults(machine=machine(), precision=precision, samples=samples)
     results.unpatch(xtts, "neuron_xtts")
     return results
+
+
+def _later(by_who: dict[str, list[Crowd]]) -> list[float]:
+    """Quartiles of the ms by which first audio is later from the server, round by round: machines drift."""
+    first = {who: [statistics.median(crowd.first) for crowd in crowds] for who, crowds in by_who.items()}
+    later = [1e3 * (server - own) for server, own in zip(first[SERVER], first[LIBRARY], strict=True)]
+    return statistics.quantiles(later * 2 if len(later) == 1 else later, n=4, method="inclusive")
 
 
 async def _by_library(xtts: Any, voice: Voice, callers: int, seed: int) -> Crowd:
