@@ -48,7 +48,7 @@ def is_idle(model):
     """Whether, within seconds, no row is left, and no thread of ours."""
     for _ in range(500):
         counts = scheduler_of(model).counts()
-        ours = [thread for thread in threading.enumerate() if thread.name.startswith(("speak_many", "neuron_xtts"))]
+        ours = [thread for thread in threading.enumerate() if thread.name.startswith(("speak_many", "neuron_xtts.aio"))]
         if not (counts.decoding or counts.waiting or ours):
             return True
         time.sleep(0.01)
