@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
 from neuron_xtts.buckets import BucketPlan
+
+_MOST = 2**31  # of whatever is counted: what takes numbers does not take any
 
 # `argparse._ActionsContainer` is a parser, or a group of one.
 
@@ -64,17 +65,14 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", help="inf2, trn1, trn1n or trn2 (default: this machine)")
 
 
-def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
+def whole(least: int, most: int = _MOST) -> Callable[[str], int]:
     """What reads an argument that is a whole number between two others."""
 
     def read(value: str) -> int:
-        try:
-            if least <= int(value) <= most:
-                return int(value)
-        except ValueError:
-            pass
-        limits = f"from {least} on" if most == math.inf else f"from {least} to {most}"
-        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number {limits}")
+        if not (value.removeprefix("-").isdecimal() and least <= int(value) <= most):
+            limits = f"from {least} on" if most == _MOST else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{value!r} is not a whole number {limits}")
+        return int(value)
 
     return read
 

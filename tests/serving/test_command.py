@@ -146,6 +146,8 @@ def test_what_is_wrong(miniature, tmp_path, capsys, arguments, error):
         (["--port", "99999"], "'99999' is not a whole number from 1 to 65535"),
         (["--requests", "0"], "'0' is not a whole number from 1 on"),
         (["--grace", "-1"], "'-1' is not a whole number from 0 on"),
+        (["--grace", "9" * 12], "'999999999999' is not a whole number from 0 on"),
+        (["--queue", "1_0"], "'1_0' is not a whole number from 0 on"),
     ],
 )
 def test_wrong_arguments(capsys, arguments, error):

@@ -188,7 +188,7 @@ def test_a_voice_of_ones_own(server, browser, miniature):
     torch.testing.assert_close(kept.embedding, expected.embedding)
 
 
-def test_a_voice_that_is_recorded(server, browser):
+def test_a_voice_that_is_recorded(server, browser, tmp_path):
     with opened(browser, server) as page:
         page.click("#own button")
         page.click("#record")
@@ -199,7 +199,7 @@ def test_a_voice_that_is_recorded(server, browser):
         page.wait_for_function("!document.getElementById('recording').hidden")
         keep(page, "beep")
     (recording,) = server.folder.load("beep").recordings.values()
-    (recorded := server.folder.root / "recording").write_bytes(recording)
+    (recorded := tmp_path / "recording").write_bytes(recording)
     samples = load_audio(str(recorded), 22050)
     assert samples.shape[-1] / 22050 > 2
     assert samples.abs().max() > 0.05
