@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -17,6 +18,9 @@ from neuron_xtts.serving.studio import Settings, Studio
 from neuron_xtts.speaking import patch_of
 from neuron_xtts.version import __version__
 from neuron_xtts.voice import VoiceFolder
+
+#: What uvicorn is told. A client that plays what it reads answers a ping only once all that came before is played.
+UVICORN: dict[str, Any] = {"ws_max_size": 2**18, "ws_ping_timeout": None}
 
 _BODY = 2**20  # bytes of a request, but for recordings
 _FORM = 2**16  # bytes that a form adds to a recording

@@ -40,10 +40,12 @@ def run_serve(arguments: argparse.Namespace) -> int:
 def _here(arguments: argparse.Namespace, start: Start) -> int:
     import uvicorn
 
+    from neuron_xtts.serving.app import UVICORN
+
     with _bound(arguments.host, arguments.port) as listening:  # before minutes are spent on a model
         server = uvicorn.Server(uvicorn.Config(
             start.make(), host=arguments.host, port=arguments.port, log_level="info", server_header=False,
-            timeout_graceful_shutdown=arguments.grace, ws_max_size=2**18,
+            timeout_graceful_shutdown=arguments.grace, **UVICORN,
         ))  # fmt: skip
         with contextlib.suppress(KeyboardInterrupt):  # as servers are stopped
             server.run([listening])

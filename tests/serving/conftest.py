@@ -13,7 +13,7 @@ import uvicorn
 import neuron_xtts
 from neuron_xtts import Voice
 from neuron_xtts.coqui.models import load_tts
-from neuron_xtts.serving.app import create_app
+from neuron_xtts.serving.app import UVICORN, create_app
 from neuron_xtts.serving.studio import Settings
 from neuron_xtts.voice import VoiceFolder
 
@@ -21,20 +21,18 @@ from neuron_xtts.voice import VoiceFolder
 class Server:
     """A running one."""
 
-    def __init__(self, tts, folder, page=False, pings=20, **settings):
+    def __init__(self, tts, folder, page=False, uvicorn_options=None, **settings):
         self.tts = tts
         self.xtts = tts.synthesizer.tts_model
         self.folder = VoiceFolder(folder)
         self.app = create_app(tts, voices=self.folder, settings=Settings(**settings), page=page)
         self.studio = self.app.state.studio
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        config = uvicorn.Config(self.app, port=self.port, log_level="warning", ws_max_size=2**18,
-                                ws_ping_interval=pings, ws_ping_timeout=pings)  # fmt: skip
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run)
+        options = UVICORN | {"log_level": "warning"} | (uvicorn_options or {})
+        self._server = uvicorn.Server(uvicorn.Config(self.app, **options))
+        self._thread = threading.Thread(target=self._server.run, args=([self._listening],))
 
     def __enter__(self):
         self._thread.start()
@@ -49,6 +47,7 @@ class Server:
     def __exit__(self, *_):
         self._server.should_exit = True
         self._thread.join()
+        self._listening.close()
 
     def counts(self):
         return neuron_xtts.report(self.tts).batch
@@ -84,13 +83,13 @@ def serve(miniature_tts, voices, tmp_path_factory):
     """Start a server of a model of its own."""
 
     @contextlib.contextmanager
-    def start(patched=None, page=False, pings=20, **settings):
+    def start(patched=None, page=False, uvicorn_options=None, **settings):
         tts = copy.deepcopy(miniature_tts)
         neuron_xtts.patch(tts, **(patched or {}))
         folder = VoiceFolder(tmp_path_factory.mktemp("kept"))
         for name in voices:
             folder.add(name, voices.load(name))
-        with Server(tts, folder.root, page, pings, **settings) as server:
+        with Server(tts, folder.root, page, uvicorn_options, **settings) as server:
             yield server
         neuron_xtts.unpatch(tts)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from websockets.sync.client import connect
 from neuron_xtts import BucketPlan
 from neuron_xtts.narration.encoding import to_int16
 from neuron_xtts.narration.text import Incoming, Sentence
+from neuron_xtts.serving.app import UVICORN
 
 CONFIG = {"type": "session.config", "model": "xtts-v2", "voice": "f5", "response_format": "pcm", "seed": 5}
 
@@ -202,11 +204,29 @@ def test_more_is_said_than_is_heard(server):
 @pytest.mark.slow
 def test_a_chapter_at_once(serve):
     """Is all said, however long that takes: while sentences wait, the server hears answers to its pings."""
-    with serve(pings=0.5) as server, Client(server, stream_audio=False) as client:
+    pings = {"ws_ping_interval": 2, "ws_ping_timeout": 2}
+    with serve(uvicorn_options=pings) as server, Client(server, stream_audio=False) as client:
         client.say(*["the fox. "] * 100)
         client.send(type="input.done")
         found, done = client.sentences()
         assert (len(found), done["total_sentences"]) == (100, 100)
+
+
+@pytest.mark.slow
+def test_whoever_plays_what_they_read(serve):
+    """Answers no ping in the meantime, and hears all nevertheless."""
+    patience = UVICORN.get("ws_ping_timeout", 20)
+    pings = {"ws_ping_interval": 0.2, "ws_ping_timeout": patience and 1}
+    with serve(uvicorn_options=pings) as server, Client(server) as client:
+        client.say(*["the fox. "] * 10)
+        client.send(type="input.done")
+        client.receive()
+        server.wait_until_idle(120)  # all is sent
+        time.sleep(2)
+        found = 0
+        while (message := client.receive()) and (isinstance(message, bytes) or message["type"] != "session.done"):
+            found += isinstance(message, dict) and message["type"] == "audio.done"
+        assert found == 10
 
 
 def test_more_than_can_wait(server):
