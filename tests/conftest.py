@@ -10,6 +10,7 @@ import pytest
 import torch
 from filelock import FileLock
 from hypothesis import settings
+from hypothesis.internal.conjecture import providers
 
 import neuron_xtts
 from neuron_xtts import BucketPlan
@@ -23,6 +24,8 @@ os.environ["PATH"] = device.scripts_on_path()
 # The same examples in every run: two codes whose probabilities differ by less than rounding are one draw in a million.
 settings.register_profile("reproducible", derandomize=True)
 settings.load_profile("reproducible")
+if hasattr(providers, "_get_local_constants"):  # or they would hold constants of what was imported before
+    providers._get_local_constants = lambda: providers._local_constants
 logging.getLogger("transformers").setLevel(logging.ERROR)
 logging.getLogger("TTS").setLevel(logging.CRITICAL)
 

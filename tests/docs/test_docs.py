@@ -329,7 +329,8 @@ def test_notebook(tmp_path, monkeypatch, miniature):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    options = {"timeout": 600, "startup_timeout": 300, "kernel_name": "python3"}
+    NotebookClient(notebook, **options, resources={"metadata": {"path": tmp_path}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     shown = [output["data"].get("text/html", "") for output in outputs if "data" in output]
     sounds = [re.search(r"data:audio/wav;base64,([^\"]*)", html) for html in shown]

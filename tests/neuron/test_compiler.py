@@ -428,7 +428,7 @@ def workers(store):
     return found
 
 
-def wait_for(condition, seconds=90):
+def wait_for(condition, seconds=600):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it took too long"
@@ -530,7 +530,7 @@ def test_graphs_that_cannot_be_handed_over(graphs, tmp_path):
 
 def test_memory_limits_what_runs_at_a_time():
     """Four jobs of 4 in 10: two at a time; one that needs more than there is runs alone."""
-    limit, lock = MemoryLimit(10), threading.Lock()
+    limit, lock, two = MemoryLimit(10), threading.Lock(), threading.Event()
     running, seen = [], []
 
     def job(needed):
@@ -538,6 +538,10 @@ def test_memory_limits_what_runs_at_a_time():
             with lock:
                 running.append(needed)
                 seen.append(tuple(running))
+                if len(running) > 1:
+                    two.set()
+            if needed == 4:
+                two.wait(60)
             time.sleep(0.05)
             with lock:
                 running.remove(needed)

@@ -113,7 +113,7 @@ def states(traced):
 
 def run(script, *arguments, env, check=True):
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -739,14 +739,17 @@ def test_threads(neuron):
     _, traced, inputs = cache(neuron)
     neuron.move_trace_to_device(traced, 0)
     traced(*inputs)
-    errors = []
+    errors, over = [], threading.Event()
 
     def work():
         try:
-            for _ in range(100):
+            for _ in range(100_000):  # until they meet
+                if over.is_set():
+                    break
                 traced(*inputs)
         except RuntimeError as error:
             errors.append(str(error))
+            over.set()
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import os
+import re
 import signal
 import socket
 import time
@@ -70,13 +71,19 @@ def say(url, body=SHORT):
 
 
 def processes():
-    """Of the replicas, as the operating system lists them."""
+    """Of the replicas that this process began, as the operating system lists them."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it ended meanwhile
-            if path.read_bytes().startswith(b"ray::ServeReplica:default:xtts"):
+            if path.read_bytes().startswith(b"ray::ServeReplica:default:xtts") and ours(path.parent):
                 found.add(int(path.parent.name))
     return found
+
+
+def ours(process):
+    """Whether a process descends from this one: other tests may have a cluster of their own."""
+    parent = int(re.search(r"^PPid:\s*(\d+)", (process / "status").read_text(), re.MULTILINE)[1])
+    return parent == os.getpid() or (parent > 1 and ours(Path("/proc", str(parent))))
 
 
 def test_replicas_share(url, expected):
@@ -93,14 +100,17 @@ def test_replicas_share(url, expected):
 
 def test_more_than_may_be(url, expected):
     """Whoever is too many is told so, and the others hear what they would have."""
-    with ThreadPoolExecutor(40) as pool:
-        answers = list(pool.map(lambda _: say(url), range(40)))
-    statuses = [answer.status_code for answer in answers]
+    for _ in range(5):  # they may come one by one where processors are taken
+        with ThreadPoolExecutor(40) as pool:
+            answers = list(pool.map(lambda _: say(url), range(40)))
+        statuses = [answer.status_code for answer in answers]
+        for answer in answers:
+            if answer.status_code == 200:
+                assert same(np.frombuffer(answer.content, np.int16), expected)
+        if set(statuses) != {200}:
+            break
     assert set(statuses) == {200, 503}  # as Ray says it
     assert statuses.count(200) >= 12
-    for answer in answers:
-        if answer.status_code == 200:
-            assert same(np.frombuffer(answer.content, np.int16), expected)
 
 
 def test_clients_that_vanish(url):
@@ -148,7 +158,7 @@ def test_one_dies(url, expected):
             assert answer.status_code in (200, 429, 500, 502, 503)
             if answer.status_code == 200:
                 assert same(np.frombuffer(answer.content, np.int16), expected)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         with contextlib.suppress(Exception):
             now = processes()

@@ -46,7 +46,7 @@ def wait_for(condition, seconds=30):
 @pytest.mark.parametrize("heard", [0, 1, 20000])
 def test_a_client_that_goes(server, heard):
     """Before, at and after the first byte: its slot is free long before all would have been said."""
-    connection = call(server)
+    connection = call(server, BODY | {"input": LONG * 4})
     wait_for(lambda: server.counts().decoding)
     if heard:
         while heard > 0:
@@ -54,8 +54,8 @@ def test_a_client_that_goes(server, heard):
     steps = server.counts().steps.total()
     connection.close()
     server.wait_until_idle()
-    # Of 250 codes or so: those that were decoded ahead, and what was under way.
-    assert server.counts().steps.total() - steps < 60
+    # Of 1000 codes or so: those that were decoded ahead, and what was under way.
+    assert server.counts().steps.total() - steps < 150
 
 
 def test_a_slow_reader(server):
@@ -98,7 +98,7 @@ def test_a_full_queue(serve):
 
 def test_as_many_requests_as_may_be(serve):
     with serve(requests=2) as server:
-        connections = [call(server) for _ in range(2)]
+        connections = [call(server, BODY | {"input": LONG * 5}) for _ in range(2)]
         wait_for(lambda: server.studio.active == 2)
         answer = httpx.post(server.url + "/v1/audio/speech", json=BODY, timeout=60)
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
@@ -216,7 +216,7 @@ def test_nonsense_over_sockets(server):
                 ends.add(closed.rcvd.code if closed.rcvd else None)
 
     send()
-    assert ends == {1008}
+    assert {1008} <= ends <= {1000, 1008}  # 1000 where a kind happens to be session.close
     server.wait_until_idle(60)
     answer = httpx.post(server.url + "/v1/audio/speech", json=BODY | {"input": "a fox."}, headers=JSON, timeout=60)
     assert answer.status_code == 200

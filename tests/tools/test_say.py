@@ -91,7 +91,8 @@ def test_one_sentence_is_what_inference_says(run, loaded, miniature, tmp_path):
 
 
 @pytest.mark.slow
-def test_json_says_when_each_sentence_is_heard(run, capsys, tmp_path):
+def test_json_says_when_each_sentence_is_heard(run, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("secrets.randbits", lambda _: 3)
     assert run(TEXT, "-o", tmp_path / "a.wav", "--json") == 0
     said = json.loads(capsys.readouterr().out)
     assert os.listdir(tmp_path) == ["a.wav"]  # the parts are gone
