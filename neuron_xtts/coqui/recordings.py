@@ -13,13 +13,15 @@ from torch import Tensor
 from neuron_xtts.coqui.constants import CODE_RATE
 from neuron_xtts.errors import describe
 
+_SHORTEST = 0.33  # seconds; coqui-tts has no conditioning latents of less
+
 
 def check_recording(path: Path) -> None:
     """Raise unless coqui-tts can read a recording.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is no audio, or none that this machine can decode.
+        ValueError: it is no audio, none that this machine can decode, or too short for a voice.
     """
     from TTS.tts.models.xtts import load_audio
 
@@ -29,8 +31,9 @@ def check_recording(path: Path) -> None:
         samples = load_audio(str(path), CODE_RATE)
     except Exception as error:  # what decoders raise is not documented
         raise ValueError(f"{path} cannot be read as a recording: {describe(error)}") from error
-    if not samples.numel():
-        raise ValueError(f"{path} has no samples")
+    if samples.shape[-1] < _SHORTEST * CODE_RATE:
+        seconds = samples.shape[-1] / CODE_RATE
+        raise ValueError(f"{path} is {seconds:.2f} s long; expected at least {_SHORTEST} s, and better six or more")
 
 
 def write_reference(path: Path, seconds: float = 6.0) -> None:

@@ -67,7 +67,7 @@ def create_app(
     app.state.studio = studio
     # The last one is met first.
     app.add_middleware(
-        Gate, keys=settings.keys, origins=settings.origins, most=_BODY, closed={f"{PAGE}/gradio_api/upload"},
+        Gate, keys=settings.keys, origins=settings.origins, most=_BODY,
         most_of={"/v1/audio/voices": settings.recording + _FORM, "/tts_stream": _BODY_OF_NUMBERS},
     )  # fmt: skip
     if settings.origins:  # before the gate: a browser asks without a key whether it may call with one

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import PurePath
 from typing import Annotated, Any
 
 from fastapi import APIRouter, File, Form, Request, Response, UploadFile
@@ -107,7 +106,7 @@ def router(studio: Studio, metrics: Metrics, page: str | None) -> APIRouter:
         if len(recording) > studio.settings.recording:
             message = f"audio_sample has {len(recording)} bytes; expected at most {studio.settings.recording}"
             raise ApiError(413, message, param="audio_sample")
-        await studio.add(name, recording, PurePath(audio_sample.filename or "").suffix)
+        await studio.add(name, recording)
         return json_response({"object": "audio.voice", "id": name, "name": name, "created_at": int(time.time())})
 
     return routes

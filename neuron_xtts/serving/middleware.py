@@ -24,6 +24,8 @@ _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 OPEN = frozenset({"/health"})
 #: What is for people: whose browser asks them for a key, as the password of anybody.
 PAGE = "/ui"
+#: What is needed of Gradio below that. Of its other routes one stores what it is sent, and one decodes it.
+_OF_PAGE = re.compile(r"|/|/config|/theme\.css|/(assets|static)/.*|/gradio_api/(queue/(join|data)|heartbeat/\w*)")
 _COOKIE = "neuron_xtts"
 
 
@@ -35,8 +37,7 @@ class Gate:
         keys: one of which a request must have; none: every one is let in.
         most: bytes of a body.
         most_of: the same for some paths.
-        origins: of web pages that may open a WebSocket, beside those of this server itself; ``*`` is any.
-        closed: paths where nothing is let in, such as one whose answers name files of this machine.
+        origins: of web pages that may call, beside those of this server itself; ``*`` is any.
     """
 
     def __init__(
@@ -47,14 +48,12 @@ class Gate:
         most: int,
         most_of: Mapping[str, int] | None = None,
         origins: Collection[str] = (),
-        closed: Collection[str] = (),
     ) -> None:
         self._app = app
         self._keys = [key.encode() for key in keys]
         self._most = most
         self._most_of = dict(most_of or {})
         self._origins = set(origins)
-        self._closed = set(closed)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, in terms of ASGI."""
@@ -88,8 +87,10 @@ class Gate:
         try:
             if not self._knows(headers, path):
                 raise ApiError(401, "The API key is missing or wrong; expected Authorization: Bearer KEY")
-            if path.rstrip("/") in self._closed:
-                raise ApiError(403, "Nothing is uploaded here; a voice is added by POST /v1/audio/voices")
+            if not self._is_welcome(headers):
+                raise ApiError(403, "A page of elsewhere may not call this server, but for those of --allow-origin")
+            if path.startswith(PAGE) and not _OF_PAGE.fullmatch(path.removeprefix(PAGE)):
+                raise ApiError(403, "That is no part of the page; a voice is added by POST /v1/audio/voices")
             await self._app(scope, self._limited(path, headers, receive), answer)
         except Exception as error:
             if begun:  # nothing but the connection's end can say it
@@ -125,11 +126,15 @@ class Gate:
         return f"{_COOKIE}={_token(given)}; Path=/; HttpOnly; SameSite=Strict"
 
     def _is_welcome(self, headers: Headers) -> bool:
-        """Whether a page that opens a WebSocket is ours: browsers ask nobody before they do, as they do for HTTP."""
+        """Whether a page that calls is ours: browsers ask nobody before they send a form or open a WebSocket."""
         origin = headers.get("origin")
-        if origin is None or "*" in self._origins or origin in self._origins:
+        page = origin or "/".join(headers.get("referer", "").split("/")[:3])  # what plays a sound names no origin
+        if "*" in self._origins or page in self._origins:
             return True
-        return urlsplit(origin).netloc == headers.get("host")
+        if (site := headers.get("sec-fetch-site")) is not None:  # also where a proxy changes the host
+            follows = origin is None and headers.get("sec-fetch-mode") == "navigate"  # a link to here
+            return site in ("same-origin", "none") or follows
+        return origin is None or urlsplit(origin).netloc == headers.get("host")
 
     def _limited(self, path: str, headers: Headers, receive: Receive) -> Receive:
         most = self._most_of.get(path.rstrip("/"), self._most)

@@ -58,6 +58,8 @@ window.neuronXtts = (() => {
   async function speak(text, language, voice, speed, seed) {
     stop();
     show("problem", "");
+    if (!voice) return show("problem", "There is no voice yet: keep one of your own, below");
+    if (seed && !/^\d{1,15}$/.test(seed.trim())) return show("problem", "The seed is no whole number; leave it empty for any");
     show("figures", "waiting for the first audio ...");
     at("download").innerHTML = "";
     const context = player();
@@ -68,7 +70,7 @@ window.neuronXtts = (() => {
     try {
       await context.resume();
       const body = { model: "xtts-v2", input: text, voice, language, speed, response_format: "pcm" };
-      if (seed !== null && seed !== "" && !Number.isNaN(Number(seed))) body.seed = Number(seed);
+      if (seed) body.seed = Number(seed);
       const response = await call("v1/audio/speech", {
         method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body),
         signal: controller.signal,
@@ -134,7 +136,7 @@ window.neuronXtts = (() => {
 
   // The voice to be kept: a file, or what the microphone heard.
   function take(recording) {
-    show("problem", "");
+    show("refused", "");
     show("kept", "");
     URL.revokeObjectURL(at("recording").src);
     state.recording = recording || null;
@@ -144,7 +146,7 @@ window.neuronXtts = (() => {
 
   async function record() {
     if (state.recorder) return state.recorder.stop();
-    show("problem", "");
+    show("refused", "");
     at("record").disabled = true; // until the microphone is allowed or refused
     try {
       if (!navigator.mediaDevices) throw new Error("Browsers record on pages of this machine, or by HTTPS, only");
@@ -156,24 +158,29 @@ window.neuronXtts = (() => {
         stream.getTracks().forEach((track) => track.stop());
         state.recorder = null;
         at("record").textContent = "Record";
+        at("file").disabled = at("keep").disabled = false;
         at("file").value = "";
         take(new Blob(parts, { type: recorder.mimeType }));
       };
       recorder.start();
       at("record").textContent = "End the recording";
+      at("file").disabled = at("keep").disabled = true; // until there is something to keep
     } catch (error) {
-      show("problem", error.message);
+      show("refused", error.message);
     } finally {
       at("record").disabled = false;
     }
   }
 
-  async function keep(name) {
-    show("problem", "");
+  async function keep(text) {
+    const name = text.trim();
+    show("refused", "");
     show("kept", "");
+    at("keep").disabled = true;
     try {
       const most = Number(at("file").dataset.most);
       if (!state.recording) throw new Error("Record a voice or choose a file first");
+      if (!name) throw new Error("Give the voice a name");
       if (state.recording.size > most) throw new Error(`The recording is larger than ${most} bytes`);
       const form = new FormData();
       form.append("name", name);
@@ -184,8 +191,10 @@ window.neuronXtts = (() => {
       return name;
     } catch (error) {
       show("kept", "");
-      show("problem", error.message);
+      show("refused", error.message);
       return null;
+    } finally {
+      at("keep").disabled = false;
     }
   }
 

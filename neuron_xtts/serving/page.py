@@ -19,8 +19,8 @@ _EXAMPLE = "The quick brown fox jumps over the lazy dog. [pause:0.5] It never ge
 
 _CSS = """
 .gradio-container {max-width: 960px !important; margin: 0 auto !important}
-#problem {color: #b91c1c; font-weight: 600; min-height: 1.4em}
-.dark #problem {color: #fca5a5}
+#problem, #refused {color: #b91c1c; font-weight: 600; min-height: 1.4em}
+.dark #problem, .dark #refused {color: #fca5a5}
 #file {display: block; width: 0; min-width: 100%; margin: .4em 0}
 #recording {width: 100%}
 #figures, #kept, #speaking, #download {min-height: 1.4em}
@@ -88,7 +88,7 @@ def _form(studio: Studio) -> Any:
                 record = gr.Button("Record", elem_id="record")
                 name = gr.Textbox(label="Name", elem_id="name")
                 keep = gr.Button("Keep this voice", elem_id="keep")
-                gr.HTML('<div id="kept" aria-live="polite"></div>')
+                gr.HTML('<div id="refused" role="alert"></div><div id="kept" aria-live="polite"></div>')
             chosen = gr.Textbox(visible="hidden")
             record.click(None, None, None, js="() => { window.neuronXtts.record() }")
             keep.click(None, name, chosen, js="(name) => window.neuronXtts.keep(name)")

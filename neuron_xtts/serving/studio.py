@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import tempfile
 import time
 from collections import OrderedDict
@@ -25,6 +24,7 @@ from neuron_xtts.errors import NeuronXttsError, VoiceError, describe
 from neuron_xtts.narration.narrator import Narration
 from neuron_xtts.narration.text import Reader, Sentence, known_language
 from neuron_xtts.serving.errors import ApiError
+from neuron_xtts.serving.recordings import as_wav
 from neuron_xtts.speaking import patch_of
 from neuron_xtts.voice import Voice, VoiceFolder
 
@@ -37,7 +37,6 @@ ALIASES = (
 
 T = TypeVar("T")
 
-_SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,8}")  # of a recording
 _KEPT = 64  # voices in memory
 _TRIAL = "One, two, three."
 
@@ -266,7 +265,7 @@ class Studio:
             write_reference(path, seconds=3)
             return Voice.of(self.model, path, keep=False).arguments
 
-    async def add(self, name: str, recording: bytes, suffix: str) -> None:
+    async def add(self, name: str, recording: bytes) -> None:
         """Keep a voice that is made of a recording.
 
         Raises:
@@ -276,26 +275,26 @@ class Studio:
             raise ApiError(403, "This server adds no voices for clients")
         if len(list(self.folder)) >= self.settings.voices:
             raise ApiError(400, f"There are {self.settings.voices} voices, as many as may be", param="name")
-        await asyncio.to_thread(self._add, name, recording, suffix)
+        await asyncio.to_thread(self._add, name, recording)
 
-    def _add(self, name: str, recording: bytes, suffix: str) -> None:
+    def _add(self, name: str, recording: bytes) -> None:
         try:
             if self.folder.path(name).exists():
                 raise ApiError(409, f"There is a voice {name!r} already; take another name", param="name")
         except ValueError as error:
             raise ApiError(400, str(error), param="name") from error
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"recording{suffix if _SUFFIX.fullmatch(suffix) else ''}"
-            path.write_bytes(recording)
+            path = Path(folder) / "recording.wav"
             try:
+                path.write_bytes(as_wav(recording))
                 check_recording(path)
                 with Caller(patient=True).calls():
                     voice = Voice.of(self.model, path)
             except (NeuronXttsError, ValueError, OSError) as error:
                 logger.warning("an uploaded recording: %s", error)
                 raise ApiError(
-                    400, "audio_sample cannot be read as a recording of a voice; expected WAV, FLAC, MP3 or Ogg",
-                    param="audio_sample",
+                    400, "audio_sample cannot be read as a recording of a voice; expected WAV, FLAC, MP3, Ogg, M4A or "
+                    "WebM, of 0.33 s to 10 min", param="audio_sample",
                 ) from error  # fmt: skip
         try:
             self.folder.add(name, voice)

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from neuron_xtts.coqui.constants import STREAM_CHUNK
 from neuron_xtts.errors import NeuronXttsError
@@ -26,7 +26,7 @@ from neuron_xtts.tools.bench import PLAIN
 from neuron_xtts.tools.bench.batch import RATE, SCENES
 from neuron_xtts.version import __version__
 
-Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Subparsers: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 #: What `bench` measures, by the names that it had before.
 _FORMER_NAMES = {"graphs": "methods"}
@@ -48,10 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Knows options by their whole names: ``--api-key`` would be ``--api-key-file``."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="neuron-xtts", description="coqui-tts's XTTS v2 on AWS Neuron and on the host"
-    )
+    parser = _Parser(prog="neuron-xtts", description="coqui-tts's XTTS v2 on AWS Neuron and on the host")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(required=True, metavar="command")
     for add in (

@@ -31,6 +31,8 @@ def run_serve(arguments: argparse.Namespace) -> int:
     _check_installed("serve", "fastapi", "uvicorn", "multipart", "websockets", "prometheus_client", "av")
     if arguments.ray:
         _check_installed("ray", "ray")
+        if arguments.root_path:
+            raise ValueError("--root-path and --ray cannot be both: Ray's own server has no path of its own here")
     logging.getLogger("neuron_xtts").setLevel(logging.INFO)
     commands.quieten()
     start = _start(arguments, commands.patch_options(arguments))
@@ -41,12 +43,16 @@ def _here(arguments: argparse.Namespace, start: Start) -> int:
     import uvicorn
 
     from neuron_xtts.serving.app import UVICORN
+    from neuron_xtts.serving.middleware import PAGE
 
     with _bound(arguments.host, arguments.port) as listening:  # before minutes are spent on a model
         server = uvicorn.Server(uvicorn.Config(
             start.make(), host=arguments.host, port=arguments.port, log_level="info", server_header=False,
-            timeout_graceful_shutdown=arguments.grace, **UVICORN,
+            root_path=arguments.root_path, timeout_graceful_shutdown=arguments.grace, **UVICORN,
         ))  # fmt: skip
+        host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+        logger.info("listening at http://%s:%d%s%s", host, arguments.port, arguments.root_path,
+                    PAGE + ", where people type and listen" if start.page else "")  # fmt: skip
         with contextlib.suppress(KeyboardInterrupt):  # as servers are stopped
             server.run([listening])
     return 0 if server.started else 1
@@ -132,6 +138,10 @@ def add_arguments(serving: argparse.ArgumentParser) -> None:
         "--host", default="127.0.0.1", help="to listen at; 0.0.0.0 is every one (default: %(default)s)"
     )
     serving.add_argument("--port", type=whole(1, 65535), default=8000, help="(default: %(default)s)")
+    serving.add_argument(
+        "--root-path", default="", type=_root_path, metavar="PATH",
+        help="at which a proxy has it, such as /tts, and which it takes off before it passes a request on",
+    )  # fmt: skip
     serving.add_argument("--language", default="en", help="of text that says none (default: %(default)s)")
     serving.add_argument("--voices", type=Path, metavar="DIR", help="the folder of voices (default: the user's)")
     serving.add_argument(
@@ -165,6 +175,12 @@ def add_arguments(serving: argparse.ArgumentParser) -> None:
     cluster.add_argument("--max-replicas", type=positive, help="at most, as many as are busy (default: no more)")
     cluster.add_argument("--cpus", type=positive, help="of one replica (default: this machine's, shared among them)")
     cluster.add_argument("--neuron-cores", type=whole(0), default=0, help="of one replica (default: none)")
+
+
+def _root_path(value: str) -> str:
+    if value and (not value.startswith("/") or value.endswith("/")):
+        raise argparse.ArgumentTypeError(f"{value!r} does not begin with / or ends with it")
+    return value
 
 
 def _alias(value: str) -> tuple[str, Any]:

@@ -17,6 +17,10 @@ from neuron_xtts.serving.app import UVICORN, create_app
 from neuron_xtts.serving.studio import Settings
 from neuron_xtts.voice import VoiceFolder
 
+# Seconds: where other tests take the processors, httpx's 5 may be over before an answer.
+for limit in ("connect", "read", "write", "pool"):
+    setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, limit, 60)
+
 
 class Server:
     """A running one."""
@@ -52,7 +56,7 @@ class Server:
     def counts(self):
         return neuron_xtts.report(self.tts).batch
 
-    def wait_until_idle(self, seconds=20):
+    def wait_until_idle(self, seconds=120):
         """Raise unless slots and requests are free soon."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

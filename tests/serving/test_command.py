@@ -36,7 +36,7 @@ def started(miniature, log, *arguments):
     with log.open("w") as file:
         process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file, env=environment)
     try:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600
         while True:
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
@@ -100,6 +100,22 @@ def test_options(miniature, voices, tmp_path):
 
 
 @pytest.mark.slow
+def test_root_path(miniature, voices, tmp_path):
+    """What a proxy passes on from a path of its own, which it takes off; and where that is, is said."""
+    log = tmp_path / "log"
+    with started(miniature, log, "--voices", voices.root, "--root-path", "/tts") as (url, process):
+        assert f"listening at {url}/tts/ui, where people" in log.read_text()
+        led = httpx.get(url + "/", headers={"accept": "text/html"})
+        assert (led.status_code, led.headers["location"]) == (307, "/tts/ui/")
+        page = httpx.get(url + "/ui/")
+        assert page.status_code == 200
+        assert "/tts/ui" in page.text
+        assert httpx.get(url + "/ui/theme.css").status_code == 200
+        assert len(say(url)[0]) > 5000
+        assert stopped(process, log), log.read_text()
+
+
+@pytest.mark.slow
 def test_on_ray(miniature, voices, tmp_path):
     """The application and its settings, in a replica with as many threads as it was given."""
     pytest.importorskip("ray")
@@ -124,6 +140,7 @@ def test_on_ray(miniature, voices, tmp_path):
         (["--voices", "EMPTY"], "EMPTY is no folder of voices"),
         (["--port", "TAKEN"], "cannot be listened at: Address already in use; take another --host or --port"),
         (["--host", "nonsense.invalid"], "cannot be listened at: "),
+        (["--root-path", "/tts", "--ray"], "--root-path and --ray cannot be both"),
     ],
 )
 def test_what_is_wrong(miniature, tmp_path, capsys, arguments, error):

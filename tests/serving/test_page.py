@@ -137,11 +137,15 @@ def test_hear(server, browser):
 def test_two_pages(server, browser):
     """At once, each hears its own."""
     texts = ["the quick brown fox jumps over the lazy dog.", "every machine never sleeps."]
+    expected = [spoken(server, text, 7) for text in texts]
     with opened(browser, server) as one, opened(browser, server) as two:
-        for page, text in zip((one, two), texts, strict=True):
-            begin(page, text, 7)
-        for page, text in zip((one, two), texts, strict=True):
-            assert share(heard(page), spoken(server, text, 7)) > 0.6
+        for _ in range(5):  # other tests take the processors, too
+            for page, text in zip((one, two), texts, strict=True):
+                begin(page, text, 7)
+            parts = [share(heard(page), own) for page, own in zip((one, two), expected, strict=True)]
+            if min(parts) > 0.6:
+                break
+        assert min(parts) > 0.6
 
 
 def test_stop(server, browser):
@@ -160,6 +164,10 @@ def test_what_is_wrong_is_said(server, browser):
         begin(page, "*** [pause:1]", 1)
         page.wait_for_function("document.getElementById('problem').textContent")
         assert "There is nothing to say" in page.inner_text("#problem")
+        begin(page, "a fox.", "1.5")
+        page.wait_for_function("document.getElementById('problem').textContent.includes('no whole number')")
+        page.evaluate("neuronXtts.speak('a fox.', 'en', null, 1, '')")
+        assert "There is no voice yet" in page.inner_text("#problem")
         page.click("#own button")
         page.wait_for_selector("#record")
         # Nothing is wider than the screen.
@@ -170,17 +178,19 @@ def keep(page, name):
     page.fill("#name textarea, #name input", name)
     page.click("#keep")
     page.wait_for_function("document.getElementById('kept').textContent.startsWith('kept as')", timeout=60000)
-    page.wait_for_function(f"document.querySelector('#voice input').value === '{name}'", timeout=30000)
+    page.wait_for_function(f"document.querySelector('#voice input').value === '{name.strip()}'", timeout=30000)
 
 
 def test_a_voice_of_ones_own(server, browser, miniature):
     with opened(browser, server) as page:
         page.click("#own button")
         page.click("#keep")
-        page.wait_for_function("document.getElementById('problem').textContent.startsWith('Record a voice')")
+        page.wait_for_function("document.getElementById('refused').textContent.startsWith('Record a voice')")
         page.set_input_files("#file", str(miniature / "klatt.wav"))
         page.wait_for_function("document.getElementById('recording').duration > 1")
-        keep(page, "my own")
+        page.click("#keep")
+        page.wait_for_function("document.getElementById('refused').textContent === 'Give the voice a name'")
+        keep(page, " my own ")
         begin(page, "the band plays.", 7)
         assert np.abs(heard(page)).max() > 0.01
     kept, expected = server.folder.load("my own"), server.folder.load("klatt")
@@ -193,7 +203,7 @@ def test_a_voice_that_is_recorded(server, browser, tmp_path):
         page.click("#own button")
         page.click("#record")
         page.wait_for_function("document.getElementById('record').textContent === 'End the recording'")
-        page.wait_for_timeout(3000)
+        page.wait_for_timeout(6000)
         page.click("#record")
         page.wait_for_function("document.getElementById('record').textContent === 'Record'")
         page.wait_for_function("!document.getElementById('recording').hidden")
@@ -206,9 +216,10 @@ def test_a_voice_that_is_recorded(server, browser, tmp_path):
 
 
 def test_nothing_is_uploaded_elsewhere(server):
-    """Gradio's upload would answer where on this machine the file is."""
-    answer = httpx.post(server.url + "/ui/gradio_api/upload", files={"files": ("x.wav", b"x")})
-    assert (answer.status_code, answer.json()["error"]["type"]) == (403, "permission_error")
+    """Gradio's upload would answer where on this machine the file is, and another route decode it."""
+    for route in ("upload", "process_recording", "upload/", "call/predict", "file=https://x.example/", "../upload"):
+        answer = httpx.post(server.url + "/ui/gradio_api/" + route, files={"files": ("x.wav", b"x")})
+        assert (answer.status_code, answer.json()["error"]["type"]) == (403, "permission_error")
     for path in ("/ui/", "/ui/config", "/ui/gradio_api/info", "/ui/theme.css", "/ui/gradio_api/file=/etc/passwd"):
         found = httpx.get(server.url + path)
         assert found.status_code < 500
