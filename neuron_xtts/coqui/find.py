@@ -6,6 +6,7 @@ import importlib.metadata
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from neuron_xtts.coqui.surface import Xtts
 from neuron_xtts.errors import ModelNotReadyError, UnsupportedVersionError
@@ -16,6 +17,7 @@ SUPPORTED = {"coqui-tts": ">=0.27.3,<0.29", "transformers": ">=4.57,<6", "torch"
 
 def check_versions() -> None:
     """Raise `UnsupportedVersionError` unless every package that is patched is of a supported version."""
+    found = {}
     for package, supported in SUPPORTED.items():
         try:
             installed = importlib.metadata.version(package)
@@ -29,6 +31,12 @@ def check_versions() -> None:
                 f"{package} {installed} is installed; neuron_xtts supports {package}{supported}: "
                 f'pip install "{package}{supported}"'
             )
+        found[package] = Version(installed)
+    if found["coqui-tts"] < Version("0.28.dev0") and found["transformers"] >= Version("5.dev0"):  # as pip allows
+        raise UnsupportedVersionError(
+            f"coqui-tts {found['coqui-tts']} cannot be imported with transformers {found['transformers']}: "
+            'pip install "transformers>=4.57,<5", or "coqui-tts>=0.28,<0.29"'
+        )
 
 
 def find_xtts(model: object) -> Xtts:

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from neuron_xtts.coqui.constants import CODES, START_CODE, STOP_CODE
-from neuron_xtts.coqui.find import find_xtts
+from neuron_xtts.coqui.find import check_versions, find_xtts
 from neuron_xtts.errors import describe
 
 # Facts of the XTTS v2 checkpoint that coqui-tts's XttsArgs does not default to.
@@ -84,6 +84,7 @@ def load_or_download(checkpoint: Path | None) -> Any:
     """
     if checkpoint is not None:
         return load_or_make(checkpoint, small=False)
+    check_versions()
     from TTS.api import TTS
 
     try:
@@ -106,7 +107,9 @@ def load_tts(folder: Path) -> Any:
 
     Raises:
         ValueError: it is none.
+        UnsupportedVersionError: packages are of other versions, with which it may not even be imported.
     """
+    check_versions()
     from TTS.api import TTS
 
     try:

@@ -20,7 +20,8 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 import neuron_xtts
 from neuron_xtts import BucketPlan, ModelNotReadyError, UnsupportedVersionError
-from neuron_xtts.coqui.models import random_tts
+from neuron_xtts.coqui.find import check_versions
+from neuron_xtts.coqui.models import load_tts, random_tts
 
 
 def forms(tts):
@@ -416,6 +417,16 @@ def test_unsupported_versions(xtts, monkeypatch, package, version):
     assert (f"{package} {version} is installed" if version else "torch is not installed") in str(error.value)
     assert "pip install" in str(error.value)
     assert dicts(xtts) == before
+
+
+def test_versions_that_do_not_go_together(monkeypatch, miniature):
+    """Which pip lets be: coqui-tts 0.27 could not be imported."""
+    versions = {"coqui-tts": "0.27.5", "transformers": "5.0.0", "torch": "2.9.0"}
+    monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
+    with pytest.raises(UnsupportedVersionError, match=r"coqui-tts 0\.27\.5 cannot .* with transformers 5\.0\.0"):
+        load_tts(miniature)
+    for versions["coqui-tts"], versions["transformers"] in (("0.28.0", "5.0.0"), ("0.27.5", "4.57.6")):
+        check_versions()
 
 
 def test_bad_input_leaves_the_model_usable(xtts, voice):
