@@ -87,11 +87,12 @@ def router(studio: Studio, metrics: Metrics, page: str | None) -> APIRouter:
         return json_response(described(name))
 
     @routes.get("/v1/audio/voices")
-    async def voices() -> Response:
-        """Every voice that can be asked for, aliases included."""
-        there = studio.voices()
-        named = [alias for alias, meant in studio.settings.aliases.items() if meant in there]
-        names = list(dict.fromkeys([*there, *named, *(ALIASES if there else ())]))
+    async def voices(aliases: bool = True) -> Response:
+        """Every voice that can be asked for, and the names that stand for one unless they are not wanted."""
+        names = studio.voices()
+        if aliases:
+            named = [alias for alias, meant in studio.settings.aliases.items() if meant in names]
+            names = list(dict.fromkeys([*names, *named, *(ALIASES if names else ())]))
         items = [{"id": name, "name": name, "object": "audio.voice"} for name in names]
         return json_response({"object": "list", "data": items, "voices": items})
 

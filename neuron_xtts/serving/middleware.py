@@ -8,7 +8,6 @@ import logging
 import re
 import uuid
 from collections.abc import Collection, Mapping
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -24,8 +23,9 @@ _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 OPEN = frozenset({"/health"})
 #: What is for people: whose browser asks them for a key, as the password of anybody.
 PAGE = "/ui"
-#: What is needed of Gradio below that. Of its other routes one stores what it is sent, and one decodes it.
-_OF_PAGE = re.compile(r"|/|/config|/theme\.css|/(assets|static)/.*|/gradio_api/(queue/(join|data)|heartbeat/\w*)")
+#: What is needed of Gradio below that. Its API, which no event of the page calls, stores what it is sent, decodes it,
+#: and copies files of this machine that it is told the names of.
+_OF_PAGE = re.compile(r"|/|/config|/theme\.css|/(assets|static)/.*")
 _COOKIE = "neuron_xtts"
 
 
@@ -82,12 +82,14 @@ class Gate:
                     sent["www-authenticate"] = 'Basic realm="neuron_xtts", charset="UTF-8"'
                 elif cookie:
                     sent.append("set-cookie", cookie)
+                if path.startswith(PAGE):
+                    sent["content-security-policy"] = "frame-ancestors 'self'"
             await send(message)
 
         try:
             if not self._knows(headers, path):
                 raise ApiError(401, "The API key is missing or wrong; expected Authorization: Bearer KEY")
-            if not self._is_welcome(headers):
+            if not self._is_welcome(headers, path):
                 raise ApiError(403, "A page of elsewhere may not call this server, but for those of --allow-origin")
             if path.startswith(PAGE) and not _OF_PAGE.fullmatch(path.removeprefix(PAGE)):
                 raise ApiError(403, "That is no part of the page; a voice is added by POST /v1/audio/voices")
@@ -100,7 +102,7 @@ class Gate:
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        if not self._knows(headers, _path(scope)) or not self._is_welcome(headers):
+        if not self._knows(headers, _path(scope)) or not self._is_welcome(headers, _path(scope)):
             await receive()  # that it connects
             await send({"type": "websocket.close", "code": 1008, "reason": "no valid API key, or a page of elsewhere"})
             return
@@ -125,16 +127,18 @@ class Gate:
             return None
         return f"{_COOKIE}={_token(given)}; Path=/; HttpOnly; SameSite=Strict"
 
-    def _is_welcome(self, headers: Headers) -> bool:
+    def _is_welcome(self, headers: Headers, path: str) -> bool:
         """Whether a page that calls is ours: browsers ask nobody before they send a form or open a WebSocket."""
-        origin = headers.get("origin")
-        page = origin or "/".join(headers.get("referer", "").split("/")[:3])  # what plays a sound names no origin
+        origin, referer = headers.get("origin"), headers.get("referer", "")
+        page = origin or "/".join(referer.split("/")[:3])
         if "*" in self._origins or page in self._origins:
             return True
-        if (site := headers.get("sec-fetch-site")) is not None:  # also where a proxy changes the host
-            follows = origin is None and headers.get("sec-fetch-mode") == "navigate"  # a link to here
-            return site in ("same-origin", "none") or follows
-        return origin is None or urlsplit(origin).netloc == headers.get("host")
+        if (site := headers.get("sec-fetch-site")) is not None:  # browsers say it here, whatever name a proxy has
+            ours = site in ("same-origin", "none")
+            ours |= bool(self._origins) and not page and headers.get("sec-fetch-dest") == "audio"  # that names no page
+        else:
+            ours = not page or page.partition("//")[2] == headers.get("host")
+        return ours or (origin is None and path.rstrip("/") in ("", PAGE))  # or has a link to it
 
     def _limited(self, path: str, headers: Headers, receive: Receive) -> Receive:
         most = self._most_of.get(path.rstrip("/"), self._most)

@@ -58,8 +58,10 @@ window.neuronXtts = (() => {
   async function speak(text, language, voice, speed, seed) {
     stop();
     show("problem", "");
+    show("figures", "");
+    const number = (seed || "").trim();
     if (!voice) return show("problem", "There is no voice yet: keep one of your own, below");
-    if (seed && !/^\d{1,15}$/.test(seed.trim())) return show("problem", "The seed is no whole number; leave it empty for any");
+    if (number && !/^\d{1,15}$/.test(number)) return show("problem", "The seed is no whole number; leave it empty for any");
     show("figures", "waiting for the first audio ...");
     at("download").innerHTML = "";
     const context = player();
@@ -70,7 +72,7 @@ window.neuronXtts = (() => {
     try {
       await context.resume();
       const body = { model: "xtts-v2", input: text, voice, language, speed, response_format: "pcm" };
-      if (seed) body.seed = Number(seed);
+      if (number) body.seed = Number(number);
       const response = await call("v1/audio/speech", {
         method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body),
         signal: controller.signal,
@@ -148,10 +150,11 @@ window.neuronXtts = (() => {
     if (state.recorder) return state.recorder.stop();
     show("refused", "");
     at("record").disabled = true; // until the microphone is allowed or refused
+    let stream = null;
     try {
       if (!navigator.mediaDevices) throw new Error("Browsers record on pages of this machine, or by HTTPS, only");
-      const stream = await navigator.mediaDevices.getUserMedia({ audio: true });
-      const recorder = state.recorder = new MediaRecorder(stream);
+      stream = await navigator.mediaDevices.getUserMedia({ audio: true });
+      const recorder = new MediaRecorder(stream);
       const parts = [];
       recorder.ondataavailable = (event) => parts.push(event.data);
       recorder.onstop = () => {
@@ -163,9 +166,11 @@ window.neuronXtts = (() => {
         take(new Blob(parts, { type: recorder.mimeType }));
       };
       recorder.start();
+      state.recorder = recorder;
       at("record").textContent = "End the recording";
       at("file").disabled = at("keep").disabled = true; // until there is something to keep
     } catch (error) {
+      if (stream) stream.getTracks().forEach((track) => track.stop());
       show("refused", error.message);
     } finally {
       at("record").disabled = false;
@@ -187,15 +192,23 @@ window.neuronXtts = (() => {
       form.append("audio_sample", state.recording, state.recording.name || "recording");
       show("kept", "making the voice ...");
       await call("v1/audio/voices", { method: "POST", body: form });
+      const chosen = await voices(name);
       show("kept", `kept as ${name}: chosen above`);
-      return name;
+      return chosen;
     } catch (error) {
       show("kept", "");
       show("refused", error.message);
-      return null;
+      return { __type__: "update" };
     } finally {
-      at("keep").disabled = false;
+      at("keep").disabled = Boolean(state.recorder);
     }
+  }
+
+  // What the list of voices becomes, in Gradio's terms.
+  async function voices(chosen) {
+    const found = (await (await call("v1/audio/voices?aliases=false")).json()).data.map((voice) => voice.id);
+    const value = chosen || found[0] || null;
+    return { __type__: "update", choices: found.map((name) => [name, name]), value };
   }
 
   function rows(table, headings, lines) {
@@ -227,5 +240,5 @@ window.neuronXtts = (() => {
   }
 
   setInterval(refresh, 1000);
-  return { speak, stop, take, record, keep, refresh, state, player };
+  return { speak, stop, take, record, keep, voices, refresh, state, player };
 })();

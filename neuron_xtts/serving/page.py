@@ -55,16 +55,13 @@ def mount(app: FastAPI, studio: Studio) -> None:
     script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
     gradio.mount_gradio_app(
         app, _form(studio), PAGE, theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-        css=_CSS, head=f"<script>{script}</script>", footer_links=[], ssr_mode=False, pwa=False,
+        css=_CSS, head=f'<link rel="icon" href="data:,"><script>{script}</script>', footer_links=[], ssr_mode=False,
+        pwa=False,
     )  # fmt: skip
 
 
 def _form(studio: Studio) -> Any:
     import gradio as gr
-
-    def voices() -> Any:
-        names = studio.voices()
-        return gr.Dropdown(choices=names, value=names[0] if names else None)
 
     with gr.Blocks(title="neuron_xtts", analytics_enabled=False) as form:
         gr.Markdown("# neuron_xtts\nXTTS v2, heard while it is made.")
@@ -89,17 +86,12 @@ def _form(studio: Studio) -> Any:
                 name = gr.Textbox(label="Name", elem_id="name")
                 keep = gr.Button("Keep this voice", elem_id="keep")
                 gr.HTML('<div id="refused" role="alert"></div><div id="kept" aria-live="polite"></div>')
-            chosen = gr.Textbox(visible="hidden")
             record.click(None, None, None, js="() => { window.neuronXtts.record() }")
-            keep.click(None, name, chosen, js="(name) => window.neuronXtts.keep(name)")
-            chosen.change(
-                lambda kept: gr.Dropdown(choices=studio.voices(), **({"value": kept} if kept else {})), chosen, voice,
-                show_progress="hidden", api_visibility="private",
-            )  # fmt: skip
+            keep.click(None, name, voice, js="(name) => window.neuronXtts.keep(name)")
         gr.Markdown("### What runs")
         gr.HTML(_STATUS, elem_id="status")
         given = [text, language, voice, speed, seed]
         speak.click(None, given, None, js="(...all) => { window.neuronXtts.speak(...all) }")
         stop.click(None, None, None, js="() => { window.neuronXtts.stop() }")
-        form.load(voices, None, voice, show_progress="hidden", api_visibility="private")
+        form.load(None, None, voice, js="() => window.neuronXtts.voices()")
     return form

@@ -93,6 +93,7 @@ class Studio:
         self._xtts: Any = find_xtts(model)
         self._loaded: OrderedDict[str, tuple[object, dict[str, Tensor]]] = OrderedDict()
         self._reading = _reading_room()
+        self._adding = asyncio.Semaphore(2)  # recordings that are decoded at once
         for name, meant in settings.aliases.items():
             if meant not in self.voices():
                 logger.warning("%r stands for %r, which is no voice yet", name, meant)
@@ -275,7 +276,8 @@ class Studio:
             raise ApiError(403, "This server adds no voices for clients")
         if len(list(self.folder)) >= self.settings.voices:
             raise ApiError(400, f"There are {self.settings.voices} voices, as many as may be", param="name")
-        await asyncio.to_thread(self._add, name, recording)
+        async with self._adding:
+            await asyncio.to_thread(self._add, name, recording)
 
     def _add(self, name: str, recording: bytes) -> None:
         try:
@@ -293,8 +295,8 @@ class Studio:
             except (NeuronXttsError, ValueError, OSError) as error:
                 logger.warning("an uploaded recording: %s", error)
                 raise ApiError(
-                    400, "audio_sample cannot be read as a recording of a voice; expected WAV, FLAC, MP3, Ogg, M4A or "
-                    "WebM, of 0.33 s to 10 min", param="audio_sample",
+                    400, "audio_sample cannot be read as a recording of a voice; expected WAV, AIFF, FLAC, MP3, AAC, "
+                    "Ogg, M4A or WebM, of 0.33 s at least", param="audio_sample",
                 ) from error  # fmt: skip
         try:
             self.folder.add(name, voice)

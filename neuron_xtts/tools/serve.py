@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import socket
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,8 +52,9 @@ def _here(arguments: argparse.Namespace, start: Start) -> int:
             root_path=arguments.root_path, timeout_graceful_shutdown=arguments.grace, **UVICORN,
         ))  # fmt: skip
         host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-        logger.info("listening at http://%s:%d%s%s", host, arguments.port, arguments.root_path,
-                    PAGE + ", where people type and listen" if start.page else "")  # fmt: skip
+        page = f", where people have a page at {arguments.root_path}{PAGE}" if start.page else ""
+        proxied = f" for a proxy's {arguments.root_path}" if arguments.root_path else ""
+        logger.info("listening at http://%s:%d%s%s", host, arguments.port, proxied, page)
         with contextlib.suppress(KeyboardInterrupt):  # as servers are stopped
             server.run([listening])
     return 0 if server.started else 1
@@ -152,7 +154,12 @@ def add_arguments(serving: argparse.ArgumentParser) -> None:
         "--api-key-file", type=Path, metavar="FILE", help=f"keys that requests need, one a line (or {KEYS_VARIABLE})"
     )
     serving.add_argument(
-        "--allow-origin", action="append", default=[], metavar="URL", help="of web pages elsewhere that may call"
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        type=_origin,
+        help="of web pages elsewhere that may call, such as http://127.0.0.1:3000; * is any",
     )
     serving.add_argument("--no-uploads", action="store_true", help="clients may not add voices")
     serving.add_argument(
@@ -181,6 +188,12 @@ def _root_path(value: str) -> str:
     if value and (not value.startswith("/") or value.endswith("/")):
         raise argparse.ArgumentTypeError(f"{value!r} does not begin with / or ends with it")
     return value
+
+
+def _origin(value: str) -> str:
+    if value != "*" and not re.fullmatch(r"https?://[^/\s]+/?", value.lower()):
+        raise argparse.ArgumentTypeError(f"{value!r} is not http://HOST, with :PORT if it has one")
+    return value.lower().rstrip("/")
 
 
 def _alias(value: str) -> tuple[str, Any]:

@@ -104,7 +104,7 @@ def test_root_path(miniature, voices, tmp_path):
     """What a proxy passes on from a path of its own, which it takes off; and where that is, is said."""
     log = tmp_path / "log"
     with started(miniature, log, "--voices", voices.root, "--root-path", "/tts") as (url, process):
-        assert f"listening at {url}/tts/ui, where people" in log.read_text()
+        assert f"listening at {url} for a proxy's /tts, where people have a page at /tts/ui\n" in log.read_text()
         led = httpx.get(url + "/", headers={"accept": "text/html"})
         assert (led.status_code, led.headers["location"]) == (307, "/tts/ui/")
         page = httpx.get(url + "/ui/")

@@ -216,10 +216,14 @@ def test_a_voice_that_is_recorded(server, browser, tmp_path):
 
 
 def test_nothing_is_uploaded_elsewhere(server):
-    """Gradio's upload would answer where on this machine the file is, and another route decode it."""
-    for route in ("upload", "process_recording", "upload/", "call/predict", "file=https://x.example/", "../upload"):
-        answer = httpx.post(server.url + "/ui/gradio_api/" + route, files={"files": ("x.wav", b"x")})
-        assert (answer.status_code, answer.json()["error"]["type"]) == (403, "permission_error")
+    """Gradio's upload would answer where on this machine the file is; its other calls read files, or decode them."""
+    zeros = {"path": "/dev/zero", "meta": {"_type": "gradio.FileData"}}
+    joined = {"fn_index": 0, "data": [zeros], "session_hash": "a"}
+    for route in ("upload", "process_recording", "upload/", "queue/join", "queue/data", "call/predict", "run/predict",
+                  "file=https://x.example/", "../upload"):  # fmt: skip
+        for body in ({"files": {"files": ("x.wav", b"x")}}, {"json": joined}):
+            answer = httpx.post(server.url + "/ui/gradio_api/" + route, **body)
+            assert (answer.status_code, answer.json()["error"]["type"]) == (403, "permission_error")
     for path in ("/ui/", "/ui/config", "/ui/gradio_api/info", "/ui/theme.css", "/ui/gradio_api/file=/etc/passwd"):
         found = httpx.get(server.url + path)
         assert found.status_code < 500
