@@ -53,7 +53,7 @@ def started(miniature, log, *arguments):
 def stopped(process, log):
     """Whether it ends by itself when it is interrupted, and says nothing that alarms."""
     process.send_signal(signal.SIGINT)
-    process.wait(60)
+    process.wait(600)
     said = log.read_text()
     return process.returncode in (0, 130) and "Traceback" not in said
 
