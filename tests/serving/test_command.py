@@ -99,6 +99,24 @@ def test_options(miniature, voices, tmp_path):
         assert stopped(process, log), log.read_text()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--allow-origin", "page.example"], "'page.example' is not http://HOST"),
+        (["--allow-origin", "http://page.example/a"], "is not http://HOST"),
+        (["--root-path", "tts"], "'tts' does not begin with /"),
+        (["--root-path", "/tts/"], "'/tts/' does not begin with / or ends with it"),
+        (["--api-key", "secret"], "unrecognized arguments: --api-key secret"),
+    ],
+)
+def test_options_that_are_none(capsys, arguments, error):
+    """An option is its whole name: a key would be taken for a file of keys."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", *arguments])
+    assert stopped.value.code == 2
+    assert error in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_root_path(miniature, voices, tmp_path):
     """What a proxy passes on from a path of its own, which it takes off; and where that is, is said."""

@@ -224,6 +224,7 @@ def test_nothing_is_uploaded_elsewhere(server):
         for body in ({"files": {"files": ("x.wav", b"x")}}, {"json": joined}):
             answer = httpx.post(server.url + "/ui/gradio_api/" + route, **body)
             assert (answer.status_code, answer.json()["error"]["type"]) == (403, "permission_error")
+    assert httpx.get(server.url + "/ui/").headers["content-security-policy"] == "frame-ancestors 'self'"
     for path in ("/ui/", "/ui/config", "/ui/gradio_api/info", "/ui/theme.css", "/ui/gradio_api/file=/etc/passwd"):
         found = httpx.get(server.url + path)
         assert found.status_code < 500

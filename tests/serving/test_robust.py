@@ -55,7 +55,7 @@ def test_a_client_that_goes(server, heard):
     connection.close()
     server.wait_until_idle()
     # Of 1000 codes or so: those that were decoded ahead, and what was under way.
-    assert server.counts().steps.total() - steps < 150
+    assert server.counts().steps.total() - steps < 60
 
 
 def test_a_slow_reader(server):
@@ -199,7 +199,8 @@ def test_nonsense_over_sockets(server):
     url = server.url.replace("http", "ws") + "/v1/audio/speech/stream"
 
     ends = set()
-    kinds = st.sampled_from(["session.config", "input.text", "input.done", "x"]) | anything
+    others = anything.filter(lambda kind: kind != "session.close")
+    kinds = st.sampled_from(["session.config", "input.text", "input.done", "x"]) | others
 
     @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(kinds, max_size=5), bodies)
@@ -216,7 +217,7 @@ def test_nonsense_over_sockets(server):
                 ends.add(closed.rcvd.code if closed.rcvd else None)
 
     send()
-    assert {1008} <= ends <= {1000, 1008}  # 1000 where a kind happens to be session.close
+    assert ends == {1008}
     server.wait_until_idle(60)
     answer = httpx.post(server.url + "/v1/audio/speech", json=BODY | {"input": "a fox."}, headers=JSON, timeout=60)
     assert answer.status_code == 200

@@ -237,7 +237,7 @@ def test_bench_batch(tmp_path, capsys):
             assert f"{found['aggregate RTF']:.3f}" in out
             assert (found["rows a step"] == 0) == (variant == "coqui-tts")
         assert results["medians"][f"{scene}, 3"]["fp32, one by one"]["rows a step"] == 1
-    assert results["medians"]["whole, 3"]["fp32, together"]["rows a step"] > 1
+    assert results["medians"]["whole, 3"]["fp32, together"]["rows a step"] > 1.5
     assert results["fallbacks"] == {"fp32": {}}
     assert pictures(tmp_path) == ["batch-timeline-fp32.png", "batch.png"]
 
